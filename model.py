@@ -1,0 +1,269 @@
+"""A Llama with a static KV cache, one forward over any span of layers, and one head for every exit.
+
+Shape letters: B sequences, T tokens in this call, S cache rows, V vocabulary, D model width,
+H query heads, G key/value heads, C head width, F feed-forward width, L layers.
+"""
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong; the message is the one line to show them."""
+
+
+def run_command(main):
+    """Run a command's `main()`; bad input ends in one line on stderr and exit code 1, Ctrl-C in 130."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except (MemoryError, torch.OutOfMemoryError):
+        sys.exit("error: out of memory: take a smaller model, fewer --max_new_tokens, or a lower --precision")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@dataclass
+class ModelConfig:
+    """The architecture and special tokens of a checkpoint: what `model.json` holds."""
+    vocab_size: int
+    dim: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    intermediate_size: int
+    context: int  # positions the model was trained for
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # None, or Llama 3's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    norm_eps: float = 1e-5
+    tied: bool = False  # the output head is the embedding
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    source: str = ""  # where the weights came from, for people
+
+    def __post_init__(self):
+        self.eos_ids = tuple(self.eos_ids)
+        if self.n_head % self.n_kv_head:
+            raise InputError(f"{self.n_head} query heads can't share {self.n_kv_head} key/value heads evenly")
+
+    @classmethod
+    def load(cls, path):
+        """Read `model.json`. Raises InputError if it is missing, not JSON, or lacks a field."""
+        try:
+            values = json.loads(Path(path).read_text())
+            return cls(**{f.name: values[f.name] for f in fields(cls)})
+        except FileNotFoundError:
+            raise InputError(f"{path}: not found; scripts/convert_hf_checkpoint.py writes it beside model.pth") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+            raise InputError(f"{path}: not a readable model description ({error})") from None
+        except KeyError as error:
+            raise InputError(f"{path}: field {error} is missing; convert the checkpoint again") from None
+
+    def to_json(self):
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def rope_frequencies(config: ModelConfig):
+    """Inverse wavelengths (C/2,) in radians per position, float32; RoFormer (2104.09864), stretched as Llama 3.1 does."""
+    inv = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim)
+    if config.rope_scaling:
+        s = config.rope_scaling
+        turns = s["original_max_position_embeddings"] * inv / (2 * math.pi)  # full turns within the original context
+        # Many turns: kept as trained. Few turns: slowed by `factor`. Between: blended.
+        keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+        inv = keep * inv + (1 - keep) * inv / s["factor"]
+    return inv
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor):
+    """Apply RoPE to x (B, T, heads, C), pairing component i with i + C/2; cos and sin are (T, 1, C/2)."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (1910.07467), computed in float32 whatever the input's dtype."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.wqkv = nn.Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.wo = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
+        self.register_buffer("k_cache", None, persistent=False)  # (B, G, S, C)
+        self.register_buffer("v_cache", None, persistent=False)  # (B, G, S, C)
+
+    def forward(self, x, pos, rope, mask):
+        B, T, _ = x.shape
+        qkv = self.wqkv(x).view(B, T, -1, self.head_dim)  # (B, T, H + 2G, C)
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        q, k, v = rotate(q, *rope).transpose(1, 2), rotate(k, *rope).transpose(1, 2), v.transpose(1, 2)
+        if self.k_cache is not None:
+            self.k_cache[:, :, pos] = k
+            self.v_cache[:, :, pos] = v
+            k, v = self.k_cache, self.v_cache
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads > self.kv_heads)
+        return self.wo(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (2002.05202), gate and up projection in one matrix."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.w13 = nn.Linear(config.dim, 2 * config.intermediate_size, bias=False)
+        self.w2 = nn.Linear(config.intermediate_size, config.dim, bias=False)
+
+    def forward(self, x):
+        gate, up = self.w13(x).chunk(2, dim=-1)  # (B, T, F) each
+        return self.w2(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn = FeedForward(config)
+
+    def forward(self, x, pos, rope, mask):
+        x = x + self.attention(self.attention_norm(x), pos, rope, mask)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """The whole model: `logits(forward(tokens, pos))`.
+
+    Without caches (training, scoring) a call sees its own T tokens, causally. After `setup_caches` it writes their
+    keys and values at rows `pos` and attends to every row up to its own position. Rows beyond a query's position are
+    hidden, so a rejected draft needs no cleaning up: move the position back and the rows are written again.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+        self.register_buffer("inv_freq", rope_frequencies(config), persistent=False)  # (C/2,), stays float32
+
+    def setup_caches(self, rows, batch=1):
+        """Allocate zeroed KV caches of `rows` positions in the weights' dtype and device, for every layer."""
+        weight = self.embed.weight
+        shape = (batch, self.config.n_kv_head, rows, self.config.head_dim)
+        for layer in self.layers:
+            layer.attention.k_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+            layer.attention.v_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+
+    def context_tensors(self, pos):
+        """What every layer needs of the positions `pos` (T,): ((cos, sin), mask)."""
+        angle = (pos[:, None, None] * self.inv_freq).float()  # (T, 1, C/2)
+        cache = self.layers[0].attention.k_cache
+        mask = None if cache is None else torch.arange(cache.shape[2], device=pos.device) <= pos[:, None]  # (T, S)
+        return (angle.cos(), angle.sin()), mask
+
+    def forward(self, x, pos, start=0, stop=None):
+        """Run layers [start, stop) at positions pos (T,).
+
+        x: (B, T) token ids if start == 0, else (B, T, D) hidden states that came out of layer start - 1.
+        Returns the hidden states (B, T, D) after layer stop - 1.
+        """
+        if start == 0:
+            x = self.embed(x)
+        rope, mask = self.context_tensors(pos)
+        for layer in self.layers[start:stop]:
+            x = layer(x, pos, rope, mask)
+        return x
+
+    def logits(self, h):
+        """Final norm and output head on hidden states h (..., D) of any layer: (..., V)."""
+        return self.head(self.norm(h))
+
+
+def expected_shapes(config: ModelConfig):
+    """Name and shape of every tensor in a checkpoint of this architecture."""
+    with torch.device("meta"):
+        state = Transformer(config).state_dict()
+    return {name: tuple(t.shape) for name, t in state.items() if not (config.tied and name == "head.weight")}
+
+
+def check_state(state, config: ModelConfig, path):
+    """Raise InputError, naming `path` and the first tensor at fault, unless `state` is exactly this architecture's."""
+    wanted = expected_shapes(config)
+    for name in sorted(wanted.keys() ^ state.keys()):
+        raise InputError(f"{path}: tensor {name} is {'missing' if name in wanted else 'not part of this architecture'}")
+    for name, shape in wanted.items():
+        if tuple(state[name].shape) != shape:
+            raise InputError(f"{path}: tensor {name} has shape {tuple(state[name].shape)}, the model's description wants {shape}")
+
+
+def save_checkpoint(path, state, config: ModelConfig):
+    """Write `model.pth` and the `model.json` beside it, both whole or neither."""
+    path = Path(path)
+    check_state(state, config, path)
+    description = path.with_suffix(".json")
+    partial = {target: target.with_name(target.name + ".partial") for target in (description, path)}
+    try:
+        partial[description].write_text(config.to_json())
+        torch.save(state, partial[path])
+        for target, written in partial.items():
+            written.replace(target)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise InputError(f"{path}: can't be written ({str(error).splitlines()[0]})") from None
+    finally:
+        for written in partial.values():
+            written.unlink(missing_ok=True)
+
+
+def read_state(path):
+    """The tensors of a checkpoint file, mapped rather than read. Raises InputError if it is missing or damaged."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: not found; scripts/prepare.sh downloads and converts a checkpoint")
+    try:
+        return torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+    except Exception as error:  # a damaged file surfaces as many kinds of error
+        raise InputError(f"{path}: not a readable checkpoint ({(str(error).splitlines() or ['empty file'])[0]})") from None
+
+
+def load_model(path, device="cpu", dtype=torch.float32):
+    """Load `model.pth` with the `model.json` beside it, in evaluation mode, without caches.
+
+    The file is mapped, never unpickled as code, and its tensors go to the device one by one.
+    Raises InputError if a file is missing or damaged, or if names or shapes don't fit the description.
+    """
+    path = Path(path)
+    state = read_state(path)
+    config = ModelConfig.load(path.with_suffix(".json"))
+    check_state(state, config, path)
+    state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
+    if config.tied:
+        state["head.weight"] = state["embed.weight"]
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.load_state_dict(state, assign=True)
+    model.inv_freq = model.inv_freq.to(device)
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,136 @@
+"""Convert a Hugging Face Llama folder (config.json, safetensors or .bin, tokenizer) to model.pth and model.json.
+
+The folder's own files stay as they are; the two new ones appear beside them, whole or not at all.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+from tqdm import tqdm
+
+from model import InputError, ModelConfig, run_command, save_checkpoint
+from tokenizer import Tokenizer
+
+# Ours <- theirs, within a layer; several sources are stacked along the rows.
+LAYER = {
+    "attention_norm.weight": ["input_layernorm.weight"],
+    "attention.wqkv.weight": ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
+    "attention.wo.weight": ["self_attn.o_proj.weight"],
+    "ffn_norm.weight": ["post_attention_layernorm.weight"],
+    "ffn.w13.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    "ffn.w2.weight": ["mlp.down_proj.weight"],
+}
+
+
+def tensor_names(config: ModelConfig):
+    """Every tensor of the architecture with the Hugging Face tensors it is stacked from: {ours: [theirs, ...]}."""
+    names = {"embed.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"]}
+    if not config.tied:
+        names["head.weight"] = ["lm_head.weight"]
+    for i in range(config.n_layer):
+        names |= {f"layers.{i}.{ours}": [f"model.layers.{i}.{name}" for name in theirs] for ours, theirs in LAYER.items()}
+    return names
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+
+
+def read_config(folder):
+    """The ModelConfig of a Hugging Face folder. Raises InputError for anything that isn't a Llama as this engine knows it."""
+    path = folder / "config.json"
+    hf = read_json(path)
+    if hf.get("model_type") != "llama":
+        raise InputError(f"{path}: model_type is {hf.get('model_type')!r}; only 'llama' checkpoints can be converted")
+    for key, supported in {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}.items():
+        if hf.get(key, supported) != supported:
+            raise InputError(f"{path}: {key} is {hf[key]!r}; only {supported!r} is supported")
+    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})  # the new spelling, or the old
+    theta = rope.pop("rope_theta", hf.get("rope_theta") or 10000.0)
+    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    if kind not in ("default", "llama3"):
+        raise InputError(f"{path}: RoPE scaling {kind!r} is not supported; 'llama3' and none are")
+    generation = folder / "generation_config.json"
+    special = {**hf, **{k: v for k, v in (read_json(generation) if generation.is_file() else {}).items() if v is not None}}
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > hf.get("vocab_size", 0):
+        raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {hf.get('vocab_size')}: they don't belong together")
+    bos, eos = special.get("bos_token_id", tokenizer.bos_id), special.get("eos_token_id", tokenizer.eos_id)
+    try:
+        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        return ModelConfig(
+            vocab_size=hf["vocab_size"], dim=hf["hidden_size"], n_layer=hf["num_hidden_layers"],
+            n_head=hf["num_attention_heads"], n_kv_head=hf.get("num_key_value_heads") or hf["num_attention_heads"],
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+            intermediate_size=hf["intermediate_size"], context=hf["max_position_embeddings"], rope_theta=theta,
+            rope_scaling={k: rope[k] for k in keys} if kind == "llama3" else None,
+            norm_eps=hf["rms_norm_eps"], tied=hf.get("tie_word_embeddings", False), bos_id=bos,
+            eos_ids=() if eos is None else eos if isinstance(eos, list) else (eos,),
+            source=hf.get("_name_or_path") or folder.resolve().name)
+    except KeyError as error:
+        raise InputError(f"{path}: field {error} is missing") from None
+
+
+def weight_files(folder):
+    """The files that hold the weights: safetensors before .bin, the index's shards before a single file."""
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map", {})
+            return [folder / Path(name).name for name in sorted(set(weight_map.values()))]
+        if single.is_file():
+            return [single]
+    raise InputError(f"{folder}: has neither model.safetensors nor pytorch_model.bin, nor an index of their shards")
+
+
+def read_weights(files):
+    """All tensors of the given files, mapped where the format allows it: {name: tensor}."""
+    from safetensors.torch import load_file
+    tensors = {}
+    for file in tqdm(files, desc="reading", unit="file", disable=None):
+        if not file.is_file():
+            raise InputError(f"{file}: not found, though the index lists it; download the checkpoint again")
+        try:
+            tensors |= load_file(file) if file.suffix == ".safetensors" else torch.load(file, mmap=True, weights_only=True, map_location="cpu")
+        except Exception as error:  # each format has errors of its own for a damaged file
+            raise InputError(f"{file}: truncated or damaged ({(str(error).splitlines() or ['empty file'])[0]})") from None
+    return tensors
+
+
+def convert(folder):
+    """Write model.pth and model.json into a Hugging Face checkpoint folder; returns the path of model.pth."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"--checkpoint_dir {folder}: no such folder")
+    config = read_config(folder)
+    theirs = read_weights(weight_files(folder))
+    state = {}
+    for ours, sources in tqdm(tensor_names(config).items(), desc="converting", unit="tensor", disable=None):
+        missing = [name for name in sources if name not in theirs]
+        if missing:
+            raise InputError(f"{folder}: the checkpoint has no tensor {missing[0]}")
+        parts = [theirs.pop(name) for name in sources]
+        if len({part.shape[1:] for part in parts}) > 1:
+            raise InputError(f"{folder}: {', '.join(sources)} have shapes that don't fit together")
+        state[ours] = torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+    path = folder / "model.pth"
+    save_checkpoint(path, state, config)
+    return path
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("--checkpoint_dir", type=Path, required=True, help="folder with config.json, the weights and the tokenizer")
+    print(f"wrote {convert(p.parse_args().checkpoint_dir)}")
+
+
+if __name__ == "__main__":
+    run_command(main)
