@@ -120,6 +120,7 @@ class Attention(nn.Module):
         if self.k_cache is not None:
             self.k_cache[:, :, pos] = k
             self.v_cache[:, :, pos] = v
+        if mask is not None:
             k, v = self.k_cache, self.v_cache
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads > self.kv_heads)
         return self.wo(y.transpose(1, 2).reshape(B, T, -1))
@@ -152,11 +153,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The whole model: `logits(forward(tokens, pos))`.
+    """The whole model: `logits(forward(tokens))`.
 
-    Without caches (training, scoring) a call sees its own T tokens, causally. After `setup_caches` it writes their
-    keys and values at rows `pos` and attends to every row up to its own position. Rows beyond a query's position are
-    hidden, so a rejected draft needs no cleaning up: move the position back and the rows are written again.
+    With `setup_caches`, every call writes its keys and values at its own positions' rows. A query sees the rows up to
+    its position and none beyond, so a rejected draft needs no cleaning up: move the position back, and the rows are
+    written again before anything sees them.
     """
 
     def __init__(self, config: ModelConfig):
@@ -178,24 +179,29 @@ class Transformer(nn.Module):
             layer.attention.k_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
             layer.attention.v_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
 
-    def context_tensors(self, pos):
-        """What every layer needs of the positions `pos` (T,): ((cos, sin), mask)."""
-        angle = (pos[:, None, None] * self.inv_freq).float()  # (T, 1, C/2)
-        cache = self.layers[0].attention.k_cache
-        mask = None if cache is None else torch.arange(cache.shape[2], device=pos.device) <= pos[:, None]  # (T, S)
-        return (angle.cos(), angle.sin()), mask
+    def context_tensors(self, T, pos):
+        """What every layer needs to know of the positions: (pos (T,), (cos, sin) each (T, 1, C/2), mask (T, S) or None)."""
+        mask = None
+        if pos is None:
+            pos = torch.arange(T, device=self.inv_freq.device)
+        else:
+            mask = torch.arange(self.layers[0].attention.k_cache.shape[2], device=pos.device) <= pos[:, None]  # (T, S)
+        angle = pos[:, None, None] * self.inv_freq
+        return pos, (angle.cos(), angle.sin()), mask
 
-    def forward(self, x, pos, start=0, stop=None):
-        """Run layers [start, stop) at positions pos (T,).
+    def forward(self, x, pos=None, start=0, stop=None):
+        """Run layers [start, stop) over T tokens at once.
 
         x: (B, T) token ids if start == 0, else (B, T, D) hidden states that came out of layer start - 1.
+        pos: (T,) their positions, attending to the caches; or None for a whole text from position 0 (prefill,
+        training, scoring), which attends to itself and needs no caches, but fills them where there are any.
         Returns the hidden states (B, T, D) after layer stop - 1.
         """
         if start == 0:
             x = self.embed(x)
-        rope, mask = self.context_tensors(pos)
+        context = self.context_tensors(x.shape[1], pos)
         for layer in self.layers[start:stop]:
-            x = layer(x, pos, rope, mask)
+            x = layer(x, *context)
         return x
 
     def logits(self, h):
@@ -260,10 +266,10 @@ def load_model(path, device="cpu", dtype=torch.float32):
     config = ModelConfig.load(path.with_suffix(".json"))
     check_state(state, config, path)
     state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
-    if config.tied:
-        state["head.weight"] = state["embed.weight"]
     with torch.device("meta"):
         model = Transformer(config)
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(state, assign=True, strict=not config.tied)
+    if config.tied:
+        model.head.weight = model.embed.weight
     model.inv_freq = model.inv_freq.to(device)
     return model.eval().requires_grad_(False)

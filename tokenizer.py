@@ -14,7 +14,7 @@ LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_to
 
 
 class Tokenizer:
-    """Text to ids and back. `encode` adds no special tokens; `decode` drops them.
+    """Text to ids and back. `encode` adds no special tokens; `decode` drops them, and ids that a padded model has beyond the vocabulary.
 
     Attributes: vocab_size, and bos_id / eos_id where the file itself names them (else None).
     """
@@ -58,7 +58,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self.model.encode(text)
 
     def decode(self, ids):
-        return self.model.decode(ids)
+        return self.model.decode([i for i in ids if i < self.vocab_size])
 
 
 class TiktokenTokenizer(Tokenizer):

@@ -81,14 +81,14 @@ class LayerSkipLoss(nn.Module):
         """
         model, losses = self.model, []
         x = model.embed(tokens)
-        rope, mask = model.context_tensors(torch.arange(tokens.shape[1], device=tokens.device))
+        context = model.context_tensors(tokens.shape[1], None)
         total = 0.0
         for layer, kept, weight in zip(model.layers, keep, weights.tolist()):
             if kept.all():
-                x = layer(x, None, rope, mask)
+                x = layer(x, *context)
             elif kept.any():  # only the sequences that keep the layer are computed
                 rows = kept.nonzero().squeeze(1).to(x.device)
-                x = x.index_copy(0, rows, layer(x[rows], None, rope, mask).to(x.dtype))
+                x = x.index_copy(0, rows, layer(x[rows], *context).to(x.dtype))
             if weight:
                 loss = F.cross_entropy(model.logits(x).flatten(0, 1).float(), targets.flatten())
                 total = total + weight * loss
@@ -177,14 +177,13 @@ def evaluate(model, ids, context, batch_size, max_tokens, amp, device):
     starts = torch.linspace(0, len(ids) - 1 - context, count).long()
     n_layer = model.config.n_layer
     losses, agreement = torch.zeros(n_layer, dtype=torch.float64), torch.zeros(n_layer, dtype=torch.float64)
-    pos = torch.arange(context, device=device)
     for chunk in starts.split(batch_size):
         batch = torch.stack([ids[s:s + context + 1] for s in chunk.tolist()]).long().to(device)
         exits = []
         with amp:
             x = batch[:, :-1]
             for i in range(n_layer):
-                x = model(x, pos, i, i + 1)
+                x = model(x, None, i, i + 1)
                 logits = model.logits(x).float()
                 losses[i] += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
                 exits.append(logits.argmax(-1))

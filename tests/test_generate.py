@@ -1,0 +1,340 @@
+"""Decoding: exact against transformers, against itself, and in distribution; and the command line around it."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import FAMILY, ROOT, make_hf_model
+
+import generate
+from generate import Decoder, Sampling, Stats, Text, accept, acceptance, draw, encode
+from model import InputError, ModelConfig, Transformer, load_model
+from tokenizer import Tokenizer
+
+PROMPT = [1, 17, 60, 33, 95, 8]
+
+
+def tiny_model(seed=0, context=96, n_layer=4, vocab=64, late=0.4, dtype=torch.float32):
+    """A random model whose layers after the first change little, so that drafts are sometimes right."""
+    torch.manual_seed(seed)
+    config = ModelConfig(vocab_size=vocab, dim=48, n_layer=n_layer, n_head=4, n_kv_head=2, head_dim=12, intermediate_size=64,
+                         context=context, eos_ids=(2,))
+    model = Transformer(config).requires_grad_(False).eval()
+    for i, layer in enumerate(model.layers):
+        for name, w in layer.named_parameters():
+            if w.dim() == 2:
+                torch.nn.init.normal_(w, std=0.25)
+                if i and name in ("attention.wo.weight", "ffn.w2.weight"):
+                    w *= late
+    return model.to(dtype)
+
+
+def run(model, n=40, prompt=PROMPT, eos=(), **how):
+    decoder = Decoder(model, **how)
+    return list(decoder.generate([t % model.config.vocab_size for t in prompt], n, eos)), decoder.stats
+
+
+@pytest.mark.parametrize("shape", FAMILY)
+def test_greedy_text_equals_transformers(shape, hf_folder, checkpoint):
+    _, theirs = hf_folder(shape)
+    prompt = torch.tensor([PROMPT])
+    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=50, do_sample=False, pad_token_id=0)[0, len(PROMPT):].tolist()
+    model = load_model(checkpoint(shape))
+    for how in ({}, dict(exit_layer=2, k=3)):
+        assert run(model, 50, eos=model.config.eos_ids, **how)[0] == expected
+
+
+@pytest.mark.parametrize("exit_layer", [1, 2, 3])
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 7])
+def test_greedy_self_speculation_equals_plain(exit_layer, k):
+    model = tiny_model()
+    plain, _ = run(model, 80)
+    ours, stats = run(model, 80, exit_layer=exit_layer, k=k)
+    assert ours == plain and len(set(plain)) > 5
+    assert 0 < acceptance(stats.accept_counts)[1] < k  # the drafts were sometimes right, sometimes wrong
+
+
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_greedy_with_a_draft_model_equals_plain(k):
+    model = tiny_model()
+    draft = tiny_model(n_layer=2)
+    for name in ("embed", "norm", "head"):
+        getattr(draft, name).weight.copy_(getattr(model, name).weight)
+    draft.layers[0].load_state_dict(model.layers[0].state_dict())
+    ours, stats = run(model, 80, draft_model=draft, k=k)
+    assert ours == run(model, 80)[0]
+    assert 0 < acceptance(stats.accept_counts)[1] < k
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.7, top_k=10), Sampling(1.3, top_p=0.8)])
+@pytest.mark.parametrize("k", [1, 4])
+def test_a_draft_equal_to_its_target_accepts_everything(sampling, k):
+    """A hole in the draft's cache after a fully accepted round would show here and nowhere else."""
+    _, stats = run(tiny_model(), 80, draft_model=tiny_model(), k=k, sampling=sampling, seed=1)
+    assert stats.accept_counts[:-1] == [0] * k and stats.accept_counts[-1] >= 79 // (k + 1)
+
+
+def test_compiled_equals_eager():
+    model = tiny_model()
+    for how in (dict(), dict(exit_layer=2, k=3), dict(draft_model=tiny_model(n_layer=2), k=2), dict(exit_layer=1, k=2, sampling=Sampling(0.9, 20, 0.9), seed=3)):
+        torch._dynamo.reset()
+        eager, stats = run(model, 30, **how)
+        compiled, compiled_stats = run(model, 30, compile=True, compile_prefill=True, **how)
+        assert compiled == eager and compiled_stats.accept_counts == stats.accept_counts
+
+
+@pytest.mark.parametrize("n", range(1, 12))
+def test_max_new_tokens_may_cut_a_round(n):
+    model = tiny_model()
+    ours, stats = run(model, n, exit_layer=2, k=4)
+    assert ours == run(model, 40)[0][:n] and len(ours) == n
+    assert sum((i + 1) * c for i, c in enumerate(stats.accept_counts)) >= n - 1  # counts are of whole rounds
+
+
+def test_stops_after_eos_wherever_it_falls_in_a_round():
+    model = tiny_model()
+    plain, _ = run(model, 60)
+    for end in sorted({plain.index(t) for t in plain}):
+        assert run(model, 60, eos=(63 - plain[end] or 63, plain[end]), exit_layer=2, k=5)[0] == run(model, 60, eos=(63 - plain[end] or 63, plain[end]))[0]
+        assert run(model, 60, eos=(plain[end],), exit_layer=2, k=5)[0] == plain[:end + 1]
+
+
+@pytest.mark.parametrize("how", [dict(), dict(exit_layer=2, k=5), dict(draft_model=tiny_model(1), k=5)])
+def test_the_context_is_used_to_its_end_and_no_further(how):
+    model = tiny_model(context=32)
+    long, _ = run(tiny_model(context=96), 60)
+    ours, _ = run(model, 60, **how)
+    assert ours == long[:32 - len(PROMPT) + 1]
+    whole = (PROMPT * 6)[:32]
+    assert len(run(model, 60, whole, **how)[0]) == 1
+    with pytest.raises(InputError, match="33 tokens, but there is room for 32"):
+        run(model, 60, whole + [1], **how)
+    with pytest.raises(InputError, match="empty"):
+        run(model, 60, [], **how)
+
+
+def test_work_per_round(monkeypatch):
+    """E layers K+1 times, the rest once over K+1 rows, the head K times on one row and once on K+1; prefill once."""
+    model, E, K = tiny_model(), 2, 3
+    calls = []
+    for i, layer in enumerate(model.layers):
+        layer.register_forward_hook(lambda m, args, out, i=i: calls.append((i, out.shape[1])))
+    model.head.register_forward_hook(lambda m, args, out: calls.append(("head", out.numel() // 64)))
+    _, stats = run(model, 30, exit_layer=E, k=K)
+    rounds = sum(stats.accept_counts)
+    count = lambda *key: calls.count(key)
+    for i in range(4):
+        assert count(i, len(PROMPT)) == 1
+        assert (count(i, 1), count(i, K + 1)) == ((rounds * (K + 1), 0) if i < E else (0, rounds))
+    assert count("head", 1) == rounds * K + 1 and count("head", K + 1) == rounds
+    assert len(calls) == 4 + 1 + rounds * (E * (K + 1) + (4 - E) + K + 1)
+
+
+# Distributions.
+
+def chi_square(counts, probs):
+    """Pearson's statistic of observed counts (V,) against probabilities (V,), its degrees of freedom, and its p-value."""
+    expected = probs.double() * counts.sum()
+    assert counts[expected == 0].sum() == 0, "drew a token of probability zero"
+    small = expected < 5  # pooled, as the approximation needs
+    o = torch.cat((counts[~small].double(), counts[small].sum()[None].double()))
+    e = torch.cat((expected[~small], expected[small].sum()[None]))
+    o, e = o[e > 0], e[e > 0]
+    statistic, dof = ((o - e) ** 2 / e).sum(), len(e) - 1
+    return torch.special.gammaincc(torch.tensor(dof / 2).double(), statistic / 2).item()
+
+
+def reference_distribution(logits, temperature, top_k, top_p):
+    """The sampling distribution by the definition, token by token, in float64."""
+    scaled = [x / temperature for x in logits.double().tolist()]
+    keep = sorted(range(len(scaled)), key=lambda i: -scaled[i])[:top_k or len(scaled)]
+    total = sum(torch.tensor(scaled[i]).exp().item() for i in keep)
+    probs, mass, out = {i: torch.tensor(scaled[i]).exp().item() / total for i in keep}, 0.0, torch.zeros(len(scaled))
+    for i in keep:
+        if mass < top_p:
+            out[i] = probs[i]
+        mass += probs[i]
+    return out / out.sum()
+
+
+SAMPLINGS = [Sampling(1.0), Sampling(0.6, top_k=5), Sampling(1.5, top_p=0.7), Sampling(0.8, top_k=9, top_p=0.85)]
+
+
+@pytest.mark.parametrize("s", SAMPLINGS)
+def test_distribution_by_definition(s):
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(0)) * 2
+    torch.testing.assert_close(s.distribution(logits), reference_distribution(logits, s.temperature, s.top_k, s.top_p))
+    assert s.distribution(logits.bfloat16()).dtype == torch.float32
+
+
+def test_draw_never_leaves_the_support():
+    weights = torch.tensor([0.0, 0.3, 0.0, 0.7, 0.0])
+    edge = torch.tensor([0.0, 0.29999, 0.3001, 1 - 2**-53], dtype=torch.float64)
+    assert [draw(weights, u).item() for u in edge] == [1, 1, 3, 3]
+
+
+def speculate(rule, s, n, seed=0):
+    """n draws of the first two tokens that a round with K=2 emits, drafting from p and verifying with q, both fixed."""
+    g = torch.Generator().manual_seed(seed)
+    p_logits, q_logits = torch.randn(2, 12, generator=g) * 1.5, torch.randn(3, 12, generator=g) * 1.5
+    p = s.distribution(p_logits)
+    first, second = torch.zeros(12, dtype=torch.long), torch.zeros(12, dtype=torch.long)
+    for _ in range(n):
+        u = torch.rand(5, dtype=torch.float64, generator=g)
+        tokens, accepted = rule(draw(p, u[:2]), p, q_logits, u[2:], s)
+        first[tokens[0]] += 1
+        if accepted.item() >= 1:
+            second[tokens[1]] += 1
+    return first, second, s.distribution(q_logits)
+
+
+@pytest.mark.parametrize("s", SAMPLINGS)
+def test_acceptance_keeps_the_target_distribution(s):
+    first, second, q = speculate(accept, s, 6000)
+    assert chi_square(first, q[0]) > 1e-3 and chi_square(second, q[1]) > 1e-3
+
+
+@pytest.mark.parametrize("broken", ["accepts everything", "residual from q", "other distribution"])
+def test_the_distribution_test_notices_a_broken_rule(broken):
+    def rule(drafted, p, logits, u, s):
+        if broken == "accepts everything":
+            return drafted, torch.tensor([2])
+        if broken == "residual from q":
+            tokens, n = accept(drafted, p, logits, u, s)
+            tokens[n] = draw(s.distribution(logits)[n], u[2:])
+            return tokens, n
+        return accept(drafted, Sampling(1.0).distribution(p.log()), logits, u, Sampling(2.0))
+    first, _, q = speculate(rule, Sampling(0.8, top_k=9), 6000)
+    assert (first[q[0] == 0].sum() > 0) or chi_square(first, q[0]) < 1e-6
+
+
+@pytest.mark.parametrize("how", [dict(), dict(exit_layer=1, k=3), dict(draft_model=tiny_model(7, vocab=12), k=3)])
+def test_sampled_tokens_have_the_models_distribution(how):
+    """End to end: the second and third token of many short generations, against the model's own probabilities in float64."""
+    model, s = tiny_model(vocab=12), Sampling(1.2, top_k=8)
+    prompt, n = [3, 4, 5], 4000
+    decoder = Decoder(model, sampling=s, seed=0, rows=8, **how)
+    counts = torch.zeros(12, 12, 12, dtype=torch.long)
+    for _ in range(n):
+        counts[tuple(decoder.generate(prompt, 3))] += 1
+    joint = torch.zeros(12, 12, 12, dtype=torch.float64)
+    reference = tiny_model(vocab=12).double()
+    row = lambda ids: reference_distribution(reference.logits(reference(torch.tensor([ids])))[0, -1], 1.2, 8, 1.0).double()
+    for a, pa in enumerate(row(prompt)):
+        for b, pb in enumerate(row(prompt + [a])):
+            joint[a, b] = pa * pb * row(prompt + [a, b])
+    assert chi_square(counts.flatten(), joint.flatten()) > 1e-3
+
+
+def test_a_seed_reproduces():
+    model, s = tiny_model(), Sampling(1.0)
+    texts = [run(model, 30, exit_layer=2, k=3, sampling=s, seed=seed)[0] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    decoder = Decoder(model, sampling=s, seed=1)
+    assert list(decoder.generate(PROMPT[:1], 30)) != list(decoder.generate(PROMPT[:1], 30))  # one sample isn't the next
+
+
+def test_statistics():
+    model = tiny_model()
+    decoder = Decoder(model, exit_layer=1, k=3)
+    layer = sum(w.numel() for w in model.layers[0].parameters()) * 4
+    head, full = 64 * 48 * 4 + 48 * 4, 4 * layer + 64 * 48 * 4 + 48 * 4
+    assert decoder.bytes_per_round() == 3 * (layer + head) + full
+    assert decoder.ideal_speedup(2.0) == pytest.approx(3 / (3 * (layer + head) / full + 1))
+    assert Decoder(model).ideal_speedup(0) == 1
+    assert acceptance([1, 0, 3]) == ([0.25, 0, 0.75], 1.5) and acceptance([0]) == ([], 0.0)
+    assert Stats(3, [9], 1.0, 2.0, list(range(9))).tokens_per_second == 4 and Stats(3, [0], tokens=[1]).tokens_per_second == 0
+
+
+# Text and the command line.
+
+class Letters:
+    """A tokenizer of bytes, for tests."""
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+
+def test_text_streams_whole_characters_and_stops_before_a_stop_string():
+    text = Text(Letters(), list(b"END"), stop=["END", "X"])
+    assert [text.push(b) for b in "aé".encode()] == ["a", "", "é"]
+    assert [text.push(b) for b in b"bENc"] == ["b", "", "", "ENc"] and not text.stopped
+    assert [text.push(b) for b in b"dEND"] == ["d", "", "", ""] and text.stopped and text.flush() == ""
+    text = Text(Letters(), [], stop=["END"])
+    assert [text.push(b) for b in b"xEN"] == ["x", "", ""] and text.flush() == "EN"
+
+
+def cli(*args, cwd=ROOT, env=None):
+    return subprocess.run([sys.executable, str(ROOT / "generate.py"), *map(str, args)], capture_output=True, text=True, cwd=cwd, env={**os.environ, **(env or {})})
+
+
+def test_command_line_reports_what_it_did(checkpoint, tmp_path):
+    path = checkpoint("llama2")
+    result = cli("--checkpoint_path", path, "--prompt", "def f1(x):", "--num_samples", 2, "--max_new_tokens", 20, "--top_k", 100, "--temperature", 0.6,
+                 "--self_speculative", "--early_exit", 2, "--speculate_k", 3, "--json", "-", "--profile", tmp_path / "trace.json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert set(report) == {"samples", "tokens_per_second", "acceptance_probs", "mean_accepted", "memory_gb", "bandwidth_gb_per_s", "ideal_speedup",
+                           "compile_seconds", "settings"}
+    assert set(report["samples"][0]) == {"prompt_tokens", "tokens", "text", "prefill_seconds", "decode_seconds", "tokens_per_second", "accept_counts"}
+    assert len(report["samples"]) == 2 and sum(report["acceptance_probs"]) == pytest.approx(1) and report["settings"]["exit_layer"] == 2
+    for line in ("tokens_per_sec", "Acceptance probs", "Mean Accepted", "Average tokens/sec", "Memory used", "Bandwidth"):
+        assert line in result.stdout
+    assert "traceEvents" in json.loads((tmp_path / "trace.json").read_text())
+
+
+def test_command_line_greedy_equals_the_api(checkpoint, tmp_path):
+    path = checkpoint("llama3")
+    model, tokenizer = load_model(path), Tokenizer.load(path.parent)
+    expected, _ = run(model, 25, encode(tokenizer, model.config, "return x"), model.config.eos_ids)
+    out = tmp_path / "report.json"
+    common = ("--checkpoint_path", path, "--prompt", "return x", "--num_samples", 1, "--max_new_tokens", 25, "--temperature", 0, "--json", out)
+    for how in ((), ("--generation_strategy", "self_speculative", "--exit_layer", 3, "--num_speculations", 2), ("--draft_checkpoint_path", checkpoint("llama3"))):
+        result = cli(*common, *how)
+        assert result.returncode == 0, result.stderr
+        assert json.loads(out.read_text())["samples"][0]["tokens"] == expected
+
+
+def test_interactive_goes_on_after_a_bad_prompt(checkpoint):
+    path = checkpoint("llama2")
+    result = subprocess.run([sys.executable, str(ROOT / "generate.py"), "--checkpoint_path", str(path), "--interactive", "--self_speculative", "--max_new_tokens", "8"],
+                            input="def f1\n" + "x" * 2000 + "\nreturn\n", capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.count("tokens/sec") + result.stdout.count("no decoding step") == 2
+    assert "there is room for 128" in result.stdout
+
+
+BAD = {
+    "no checkpoint": (["--checkpoint_path", "nowhere/model.pth"], "nowhere/model.pth: not found"),
+    "exit layer 0": (["--self_speculative", "--early_exit", "0"], "--early_exit 0: the model has 4 layers"),
+    "exit layer 4": (["--self_speculative", "--early_exit", "4"], "--early_exit 4: the model has 4 layers"),
+    "exit layer alone": (["--early_exit", "2"], "--early_exit is for --self_speculative"),
+    "k 0": (["--self_speculative", "--early_exit", "2", "--speculate_k", "0"], "--speculate_k 0"),
+    "temperature": (["--temperature", "-1"], "--temperature -1"),
+    "top_p": (["--top_p", "1.5"], "--top_p 1.5"),
+    "top_k": (["--top_k", "0"], "--top_k 0"),
+    "samples": (["--num_samples", "0"], "--num_samples 0"),
+    "long prompt": (["--prompt", "x " * 500], "there is room for 128"),
+    "device": (["--device", "cuda:9"], "--device cuda:9"),
+    "two drafters": (["--self_speculative", "--draft_checkpoint_path", "SELF"], "exclude each other"),
+    "other tokenizer": (["--draft_checkpoint_path", "OTHER"], "tokens"),
+    "two checkpoints": (["--model", "a/b"], "both name a checkpoint"),
+    "contradiction": (["--self_speculative", "--generation_strategy", "autoregressive"], "contradict"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(case, checkpoint, monkeypatch, capsys):
+    args, words = BAD[case]
+    args = [str(checkpoint("llama2")) if a == "SELF" else str(checkpoint("llama3")) if a == "OTHER" else a for a in args]
+    if "--checkpoint_path" not in args:
+        args = ["--checkpoint_path", str(checkpoint("llama2")), *args]
+    with pytest.raises(SystemExit) as exit:
+        generate.run_command(lambda: generate.main(args))
+    message = str(exit.value.code)
+    assert message.startswith("error: ") and words in message and "\n" not in message
+
+
+def test_the_process_itself_exits_with_one_line():
+    result = cli("--checkpoint_path", "nowhere/model.pth")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
