@@ -121,6 +121,7 @@ class Decoder:
     def __init__(self, model: Transformer, *, exit_layer=None, draft_model: Transformer | None = None, k=4, sampling=Sampling(),
                  rows=None, compile=False, compile_prefill=False, seed=None):
         """rows: positions to provide for, prompt and new tokens together (default and most: the context).
+        Decoders of one model share its caches, so one generation must end before the next begins.
 
         k is ignored in plain decoding (neither exit_layer nor draft_model). Raises InputError for an exit layer or k out
         of range, or a draft model of another vocabulary.

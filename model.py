@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernels
+
 
 class InputError(ValueError):
     """Something the user gave is wrong; the message is the one line to show them."""
@@ -103,27 +105,39 @@ class RMSNorm(nn.Module):
         return y.to(x.dtype) * self.weight
 
 
+class Linear(nn.Linear):
+    """A product without bias, on the kernels that suit the number of rows."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x):
+        return kernels.linear(x, self.weight)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.wqkv = nn.Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
-        self.wo = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
+        self.wqkv = Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        self.wo = Linear(self.heads * self.head_dim, config.dim)
         self.register_buffer("k_cache", None, persistent=False)  # (B, G, S, C)
         self.register_buffer("v_cache", None, persistent=False)  # (B, G, S, C)
 
-    def forward(self, x, pos, rope, mask):
+    def forward(self, x, pos, rope, cached):
         B, T, _ = x.shape
         qkv = self.wqkv(x).view(B, T, -1, self.head_dim)  # (B, T, H + 2G, C)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
-        q, k, v = rotate(q, *rope).transpose(1, 2), rotate(k, *rope).transpose(1, 2), v.transpose(1, 2)
+        q, k = rotate(q, *rope), rotate(k, *rope)
         if self.k_cache is not None:
-            self.k_cache[:, :, pos] = k
-            self.v_cache[:, :, pos] = v
-        if mask is not None:
-            k, v = self.k_cache, self.v_cache
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads > self.kv_heads)
-        return self.wo(y.transpose(1, 2).reshape(B, T, -1))
+            self.k_cache[:, :, pos] = k.transpose(1, 2)
+            self.v_cache[:, :, pos] = v.transpose(1, 2)
+        if cached:
+            y = kernels.attend(q, self.k_cache, self.v_cache, pos)
+        else:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads > self.kv_heads).transpose(1, 2)
+        return self.wo(y.reshape(B, T, -1))
 
 
 class FeedForward(nn.Module):
@@ -131,8 +145,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.w13 = nn.Linear(config.dim, 2 * config.intermediate_size, bias=False)
-        self.w2 = nn.Linear(config.intermediate_size, config.dim, bias=False)
+        self.w13 = Linear(config.dim, 2 * config.intermediate_size)
+        self.w2 = Linear(config.intermediate_size, config.dim)
 
     def forward(self, x):
         gate, up = self.w13(x).chunk(2, dim=-1)  # (B, T, F) each
@@ -147,8 +161,8 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = FeedForward(config)
 
-    def forward(self, x, pos, rope, mask):
-        x = x + self.attention(self.attention_norm(x), pos, rope, mask)
+    def forward(self, x, pos, rope, cached):
+        x = x + self.attention(self.attention_norm(x), pos, rope, cached)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -166,28 +180,28 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.head = Linear(config.dim, config.vocab_size)
         if config.tied:
             self.head.weight = self.embed.weight
         self.register_buffer("inv_freq", rope_frequencies(config), persistent=False)  # (C/2,), stays float32
 
     def setup_caches(self, rows, batch=1):
-        """Allocate zeroed KV caches of `rows` positions in the weights' dtype and device, for every layer."""
-        weight = self.embed.weight
+        """See to KV caches of at least `rows` positions in every layer, in the weights' dtype and on their device."""
+        weight, cache = self.embed.weight, self.layers[0].attention.k_cache
+        if cache is not None and cache.shape[0] == batch and cache.shape[2] >= rows:
+            return
         shape = (batch, self.config.n_kv_head, rows, self.config.head_dim)
         for layer in self.layers:
             layer.attention.k_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
             layer.attention.v_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
 
-    def context_tensors(self, T, pos):
-        """What every layer needs to know of the positions: (pos (T,), (cos, sin) each (T, 1, C/2), mask (T, S) or None)."""
-        mask = None
-        if pos is None:
+    def positions(self, T, pos):
+        """What every layer needs to know of them: (pos (T,), (cos, sin) each (T, 1, C/2), whether to attend to the caches)."""
+        cached = pos is not None
+        if not cached:
             pos = torch.arange(T, device=self.inv_freq.device)
-        else:
-            mask = torch.arange(self.layers[0].attention.k_cache.shape[2], device=pos.device) <= pos[:, None]  # (T, S)
         angle = pos[:, None, None] * self.inv_freq
-        return pos, (angle.cos(), angle.sin()), mask
+        return pos, (angle.cos(), angle.sin()), cached
 
     def forward(self, x, pos=None, start=0, stop=None):
         """Run layers [start, stop) over T tokens at once.
@@ -199,9 +213,9 @@ class Transformer(nn.Module):
         """
         if start == 0:
             x = self.embed(x)
-        context = self.context_tensors(x.shape[1], pos)
+        positions = self.positions(x.shape[1], pos)
         for layer in self.layers[start:stop]:
-            x = layer(x, *context)
+            x = layer(x, *positions)
         return x
 
     def logits(self, h):

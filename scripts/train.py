@@ -81,14 +81,14 @@ class LayerSkipLoss(nn.Module):
         """
         model, losses = self.model, []
         x = model.embed(tokens)
-        context = model.context_tensors(tokens.shape[1], None)
+        positions = model.positions(tokens.shape[1], None)
         total = 0.0
         for layer, kept, weight in zip(model.layers, keep, weights.tolist()):
             if kept.all():
-                x = layer(x, *context)
+                x = layer(x, *positions)
             elif kept.any():  # only the sequences that keep the layer are computed
                 rows = kept.nonzero().squeeze(1).to(x.device)
-                x = x.index_copy(0, rows, layer(x[rows], *context).to(x.dtype))
+                x = x.index_copy(0, rows, layer(x[rows], *positions).to(x.dtype))
             if weight:
                 loss = F.cross_entropy(model.logits(x).flatten(0, 1).float(), targets.flatten())
                 total = total + weight * loss
@@ -258,7 +258,12 @@ FREE_TO_CHANGE = {"resume", "save_every", "eval_every", "eval_tokens", "exit_lay
 
 
 def train(args):
-    """Run the training that `parse_args` describes; returns the list of per-step losses J of this process's run."""
+    """Run the training that `parse_args` describes; returns the list of losses J of the steps that this call ran."""
+    for name in ("steps", "batch_size", "context", "n_layer", "rotation"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)}: must be 1 or more")
+    if args.dim % (2 * args.n_head):
+        raise InputError(f"--dim {args.dim}: must be an even multiple of --n_head {args.n_head}")
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     device = torch.device(args.device)
@@ -325,7 +330,7 @@ def train(args):
     def learning_rate(step):
         if step < args.warmup:
             return args.lr * (step + 1) / args.warmup
-        progress = (step - args.warmup) / max(1, args.steps - args.warmup)
+        progress = (step - args.warmup) / max(1, args.steps - args.warmup)  # 0 to 1
         return args.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
 
     settings = {k: str(v) for k, v in vars(args).items() if k not in FREE_TO_CHANGE}

@@ -1,0 +1,138 @@
+"""Plain against self-speculative decoding of a checkpoint, in one run: tokens/s, speedup, acceptance, memory.
+
+Every setting decodes every prompt in turn, plain and speculative interleaved, after a warm-up that is reported apart.
+Both share every kernel. Greedy text is compared token for token.
+"""
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+from tqdm import tqdm
+
+from generate import CHECKPOINTS, Decoder, Sampling, acceptance, encode, load, peak_memory_gb
+from model import InputError, run_command
+
+
+def read_prompts(path):
+    """The `prompt` fields of a JSONL file. Raises InputError naming the line at fault."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompts {path}: can't be read ({getattr(error, 'strerror', None) or error})") from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            prompts.append(json.loads(line)["prompt"])
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"--prompts {path}, line {number}: not a JSON object with a 'prompt'") from None
+    if not prompts:
+        raise InputError(f"--prompts {path}: is empty")
+    return prompts
+
+
+def read_bandwidth(device):
+    """Bytes per second that this machine reads from memory: the median of sums over 512 MB, far beyond any cache."""
+    x = torch.ones(2**27, device=device)
+    times = []
+    for _ in range(9):
+        began = time.perf_counter()
+        x.sum().item()
+        times.append(time.perf_counter() - began)
+    return x.nbytes / statistics.median(times)
+
+
+def bars(probs, width=40):
+    return "\n".join(f"  {i} {'█' * round(p * width)} {p:.1%}" for i, p in enumerate(probs))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--checkpoint_path", type=Path, default=CHECKPOINTS / "demo" / "model.pth")
+    p.add_argument("--prompts", type=Path, default=CHECKPOINTS / "demo" / "prompts.jsonl", help="JSONL file with a `prompt` in each line")
+    p.add_argument("--num_prompts", type=int, default=4, help="use the first of them")
+    p.add_argument("--max_new_tokens", type=int, default=256, help="per prompt; EOS doesn't end a text here, so that all are equally long")
+    p.add_argument("--early_exit", "--exit_layer", type=int, nargs="+", default=[3], help="exit layers to try")
+    p.add_argument("--speculate_k", "--num_speculations", type=int, nargs="+", default=[3], help="draft lengths to try")
+    p.add_argument("--repeats", type=int, default=3, help="timed passes over the prompts")
+    p.add_argument("--temperature", type=float, default=0.0)
+    p.add_argument("--top_k", type=int)
+    p.add_argument("--top_p", type=float, default=1.0)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--precision", choices=["bfloat16", "float16", "float32"])
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    p.add_argument("--json", metavar="FILE", help="also write the JSON line, which ends the output, to this file")
+    args = p.parse_args()
+
+    model, tokenizer = load(args.checkpoint_path, args.device, args.precision)
+    prompts = [encode(tokenizer, model.config, text) for text in read_prompts(args.prompts)[:args.num_prompts]]
+    settings = [None] + [(e, k) for e in args.early_exit for k in args.speculate_k]
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    bandwidth = read_bandwidth(args.device)
+    rows = max(map(len, prompts)) + args.max_new_tokens
+    results = {s: dict(rates=[], counts=[], prefill=[], texts=[]) for s in settings}
+    decoders, bar = {}, tqdm(total=len(settings) * (1 + args.repeats * len(prompts)), desc="compiling", disable=None)
+    for setting in settings:
+        how = dict(exit_layer=setting[0], k=setting[1]) if setting else {}
+        decoders[setting] = Decoder(model, sampling=sampling, rows=rows, compile=args.compile, seed=0, **how)
+    for setting, decoder in decoders.items():
+        began = time.perf_counter()
+        for _ in decoder.generate(prompts[0], 3 * (decoder.K + 1)):
+            pass
+        results[setting]["compile_seconds"] = time.perf_counter() - began
+        bar.update()
+    bar.set_description("decoding")
+    for _ in range(args.repeats):
+        for prompt in prompts:
+            for setting, decoder in decoders.items():
+                text = list(decoder.generate(prompt, args.max_new_tokens))
+                r, s = results[setting], decoder.stats
+                r["rates"].append(s.tokens_per_second), r["prefill"].append(s.prefill_seconds)
+                r["counts"].append(s.accept_counts), r["texts"].append(text)
+                bar.update()
+    bar.close()
+
+    plain = statistics.median(results[None]["rates"])
+    table = []
+    for setting, r in results.items():
+        decoder, counts = decoders[setting], [sum(c) for c in zip(*r["counts"])]
+        probs, mean = acceptance(counts)
+        seconds = sum((len(t) - 1) / rate for t, rate in zip(r["texts"], r["rates"]))
+        used = sum(counts) * decoder.bytes_per_round() / seconds
+        table.append(dict(
+            exit_layer=setting and setting[0], k=decoder.K, tokens_per_second=statistics.median(r["rates"]),
+            speedup=statistics.median(a / b for a, b in zip(r["rates"], results[None]["rates"])),
+            ideal_speedup=decoder.ideal_speedup(mean), mean_accepted=mean, acceptance_probs=probs,
+            bandwidth_gb_per_s=used / 1e9, bandwidth_share=used / bandwidth, prefill_seconds=statistics.median(r["prefill"]),
+            compile_seconds=r["compile_seconds"], same_text=r["texts"] == results[None]["texts"]))
+    print(f"\n{args.checkpoint_path}, {str(model.embed.weight.dtype)[6:]} on {args.device}, {'compiled' if args.compile else 'eager'}, "
+          f"temperature {args.temperature}, {len(prompts)} prompts x {args.max_new_tokens} new tokens, median of {len(prompts) * args.repeats}")
+    print(f"read bandwidth of this machine: {bandwidth / 1e9:.1f} GB/s; one full pass reads {decoders[None].bytes_per_round() / 1e6:.1f} MB of weights\n")
+    print("decoding                 tokens/s  speedup  ideal  accepted  GB/s (share)")
+    for row in table:
+        name = f"self-speculative E={row['exit_layer']} K={row['k']}" if row["k"] else "plain"
+        print(f"{name:23s} {row['tokens_per_second']:9.1f}  {row['speedup']:6.2f}x {row['ideal_speedup']:5.2f}x {row['mean_accepted']:9.2f}  "
+              f"{row['bandwidth_gb_per_s']:5.1f} ({row['bandwidth_share']:.0%})")
+    best = max(table[1:], key=lambda row: row["speedup"])
+    print(f"\ndrafted tokens accepted per round at E={best['exit_layer']} K={best['k']}:\n{bars(best['acceptance_probs'])}\n")
+    if args.temperature == 0:
+        print("text: " + ("the same, token for token" if all(row["same_text"] for row in table) else "DIFFERS between plain and speculative decoding"))
+    if best["speedup"] <= 1:
+        print(f"speculation loses here: its best setting reaches {best['speedup']:.2f}x of plain decoding's {plain:.1f} tokens/s")
+    memory = peak_memory_gb(args.device)
+    print(f"compilation {sum(row['compile_seconds'] for row in table):.1f} s in all, peak memory {memory:.2f} GB")
+    line = json.dumps(dict(settings={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, table=table, memory_gb=memory,
+                           read_bandwidth_gb_per_s=bandwidth / 1e9, torch=torch.__version__, python=platform.python_version(),
+                           threads=torch.get_num_threads(), machine=platform.machine()))
+    print(line)
+    if args.json:
+        Path(args.json).write_text(line + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,12 @@
+# Sourced by the other scripts: makes .venv from the given requirements files, unless it is up to date, and puts it on PATH.
+# usage: source environment.sh FILE...
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+stamp=.venv/installed-$(cat "$@" | cksum | cut -d' ' -f1)
+if [ ! -f "$stamp" ]; then
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed")'
+    [ -x .venv/bin/python ] || python3 -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "$@")
+    touch "$stamp"
+fi
+export VIRTUAL_ENV=$root/.venv PATH=$root/.venv/bin:$PATH

@@ -1,0 +1,78 @@
+"""The CPU kernels against float64, and their promise that a row never depends on its neighbours."""
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import kernels
+
+ROWS = [*range(1, 10), 16]
+
+
+@pytest.fixture(autouse=True)
+def built():
+    assert kernels.available(), "the C++ kernels must build where the tests run"
+    with torch.inference_mode():
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n,k", [(1, 1), (7, 5), (64, 48), (33, 100), (130, 320), (1000, 257)])
+@pytest.mark.parametrize("m", ROWS)
+def test_linear(m, n, k, dtype):
+    g = torch.Generator().manual_seed(m * n + k)
+    x, w = torch.randn(2, m, k, generator=g)[:1].to(dtype), torch.randn(n, k, generator=g).to(dtype)
+    y, exact = torch.ops.layerskip.linear(x, w), x.double() @ w.double().T
+    bound = x.double().abs() @ w.double().abs().T * k * 2**-24 + exact.abs() * torch.finfo(dtype).eps
+    assert y.shape == (1, m, n) and y.dtype == dtype and ((y.double() - exact).abs() <= bound + 1e-30).all()
+    for i in range(m):
+        assert torch.equal(torch.ops.layerskip.linear(x[:, i:i + 1], w)[:, 0], y[:, i])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads,kv_heads,c", [(1, 1, 8), (4, 4, 64), (8, 2, 12), (6, 1, 33)])
+@pytest.mark.parametrize("t,last", [(1, 0), (1, 70), (3, 2), (5, 31), (8, 63), (2, 79)])
+def test_attend(t, last, heads, kv_heads, c, dtype):
+    g = torch.Generator().manual_seed(t * last + c)
+    q = torch.randn(2, t, heads, c, generator=g).to(dtype) * 3
+    k, v = (torch.randn(2, kv_heads, 80, c, generator=g).to(dtype) for _ in "kv")
+    pos = torch.arange(last - t + 1, last + 1)
+    k[:, :, last + 1:], v[:, :, last + 1:] = torch.nan, torch.nan  # garbage that must not be read
+    y = torch.ops.layerskip.attend(q, k, v, pos)
+    for i in range(t):
+        n = pos[i] + 1
+        rows = (x[:, :, :n].double().repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+        keys, values = rows
+        probs = (torch.einsum("bhc,bhsc->bhs", q[:, i].double(), keys) / c ** 0.5).softmax(-1)
+        exact = torch.einsum("bhs,bhsc->bhc", probs, values)
+        torch.testing.assert_close(y[:, i].double(), exact, atol=3e-6 if dtype == torch.float32 else 2e-2, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+        assert torch.equal(torch.ops.layerskip.attend(q[:, i:i + 1], k, v, pos[i:i + 1])[:, 0], y[:, i])
+
+
+def test_the_whole_model_keeps_rows_apart():
+    """A pass over K + 1 rows gives each row bit for bit what a pass over that row alone gives."""
+    from test_generate import tiny_model
+    for dtype in (torch.float32, torch.bfloat16):
+        model, tokens = tiny_model(dtype=dtype), torch.randint(0, 64, (1, 40))
+        model.setup_caches(40)
+        model(tokens[:, :20], None)
+        together = torch.cat([model.logits(model(tokens[:, i:i + 5], torch.arange(i, i + 5))) for i in range(20, 40, 5)], 1)
+        model.setup_caches(40)
+        model(tokens[:, :20], None)
+        alone = torch.cat([model.logits(model(tokens[:, i:i + 1], torch.arange(i, i + 1))) for i in range(20, 40)], 1)
+        assert torch.equal(together, alone)
+
+
+def test_says_so_without_a_compiler(tmp_path):
+    """No compiler: a warning, once, and the same numbers from plain PyTorch."""
+    code = ("import torch, kernels, warnings\n"
+            "with torch.inference_mode(), warnings.catch_warnings(record=True) as seen:\n"
+            "    warnings.simplefilter('always')\n"
+            "    x, w = torch.ones(1, 2, 8), torch.ones(3, 8)\n"
+            "    assert kernels.linear(x, w).eq(8).all() and kernels.linear(x, w).shape == (1, 2, 3)\n"
+            "    assert len(seen) == 1 and 'slower' in str(seen[0].message), seen\n")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={"CXX": str(tmp_path / "none"), "XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,168 @@
+"""The LayerSkip recipe against values worked out by hand; and training runs that learn, stop, and resume exactly."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+import train
+from model import InputError, load_model
+
+TINY = ["--n_layer", "4", "--dim", "32", "--n_head", "2", "--intermediate_size", "48", "--context", "32", "--batch_size", "4", "--vocab_size", "300",
+        "--warmup", "2", "--device", "cpu", "--precision", "float32", "--save_precision", "float32", "--val_fraction", "0.2"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i in range(30):
+        (folder / f"file{i}.py").write_text("".join(f"def add_{i}_{j}(x):\n    return x + {j * i}\n\n" for j in range(20)))
+    (folder / "binary.py").write_bytes(b"\xff\xfe\x00")
+    (folder / "notes.txt").write_text("not wanted")
+    return folder
+
+
+def run(data, out, *args):
+    return train.train(train.parse_args(["--data", str(data), "--include", "*.py", "--out", str(out), *TINY, *map(str, args)]))
+
+
+def test_dropout_probabilities():
+    """p(l, t) = S(t) D(l) p_max, with D = 0, 2^(1/2) - 1, 1 over three layers, and S = 0, 2^(1/4) - 1, ..., 1 over five steps."""
+    root = math.sqrt(2)
+    torch.testing.assert_close(train.dropout_probabilities(3, 0, 5, 0.1, False), torch.tensor([0, 0.1 * (root - 1), 0.1]))
+    torch.testing.assert_close(train.dropout_probabilities(3, 0, 5, 0.1, True), torch.zeros(3))
+    torch.testing.assert_close(train.dropout_probabilities(3, 2, 5, 0.2, True), 0.2 * (root - 1) * torch.tensor([0, root - 1, 1]))
+    torch.testing.assert_close(train.dropout_probabilities(3, 4, 5, 0.2, True), 0.2 * torch.tensor([0, root - 1, 1]))
+
+
+def test_exit_weights():
+    """e = scale * (0, 1, 3, 6, ...), the last L - 1 + scale * sum(0..L-2); over the enabled ones they sum to one."""
+    every = torch.ones(4, dtype=torch.bool)
+    torch.testing.assert_close(train.exit_weights(every, 1.0), torch.tensor([0, 1, 3, 6]) / 10)
+    torch.testing.assert_close(train.exit_weights(every, 0.2), torch.tensor([0, 0.2, 0.6, 3.6]) / 4.4)
+    torch.testing.assert_close(train.exit_weights(torch.tensor([True, True, False, True]), 0.5), torch.tensor([0, 0.5, 0, 4.5]) / 5)
+
+
+def test_curricula():
+    rotational = [train.enabled_exits(6, step, 100, "rotational", 3).nonzero().flatten().tolist() for step in range(4)]
+    assert rotational == [[0, 3, 5], [1, 4, 5], [2, 5], [0, 3, 5]]
+    gradual = [train.enabled_exits(4, step, 16, "gradual", 0).nonzero().flatten().tolist() for step in range(9)]  # one more every 2 steps
+    assert gradual == [[3], [3], [2, 3], [2, 3], [1, 2, 3], [1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
+
+
+def make_objective(layers=3):
+    from test_generate import tiny_model
+    model = tiny_model(n_layer=layers).requires_grad_(True).train()
+    tokens = torch.randint(0, 64, (4, 9), generator=torch.Generator().manual_seed(0))
+    return train.LayerSkipLoss(model), tokens[:, :-1], tokens[:, 1:]
+
+
+def test_loss_is_the_weighted_sum_over_exits_of_kept_layers():
+    """Against the definition: one sequence at a time, skipping what is dropped; a layer that all drop is not computed."""
+    objective, tokens, targets = make_objective()
+    model, calls = objective.model, [0, 0, 0]
+    keep = torch.tensor([[True, True, True, True], [True, False, True, False], [False, False, False, False]])
+    weights = torch.tensor([0.25, 0.0, 0.75])
+    for i, layer in enumerate(model.layers):
+        layer.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    total, losses = objective(tokens, targets, keep, weights)
+    assert calls == [1, 1, 0] and losses[1].isnan()
+    expected = 0
+    for b in range(4):
+        x = model.embed(tokens[b:b + 1])
+        for i, layer in enumerate(model.layers):
+            if keep[i, b]:
+                x = model(x, None, i, i + 1) if i else model(tokens[b:b + 1], None, 0, 1)
+            logp = model.logits(x)[0].double().log_softmax(-1)
+            expected += weights[i].item() * -logp.gather(1, targets[b, :, None]).mean() / 4
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-6)
+    total.backward()
+    assert model.layers[2].ffn.w2.weight.grad is None and model.layers[1].ffn.w2.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_tiny_run_learns_and_its_checkpoint_loads(optimizer, data, tmp_path, capsys):
+    losses = run(data, tmp_path / "out", "--steps", 60, "--lr", 3e-3, "--optimizer", optimizer, "--eval_every", 0)
+    assert sum(losses[:5]) / 5 > 5 and sum(losses[-5:]) / 5 < 2.5
+    model = load_model(tmp_path / "out" / "model.pth")
+    record = json.loads((tmp_path / "out" / "train_log.jsonl").read_text().splitlines()[-1])
+    assert record["agreement"][-1] == 1 and len(record["val_loss"]) == 4 and record["tokens_seen"] == 60 * 4 * 32
+    # The reported validation loss is that of the saved model, worked out anew in float64 on the held-out files.
+    documents = train.read_documents([data], "*.py", [])
+    tokenizer = train.Tokenizer.load(tmp_path / "out")
+    ids = train.encode_documents([d for d in documents if train.is_held_out(d[0], 0.2)], tokenizer, model.config.bos_id, model.config.eos_ids)
+    count = (len(ids) - 1) // 32
+    batch = torch.stack([ids[s:s + 33] for s in torch.linspace(0, len(ids) - 33, count).long().tolist()]).long()
+    logp = model.double().logits(model(batch[:, :-1])).log_softmax(-1)
+    assert -logp.gather(2, batch[:, 1:, None]).mean().item() == pytest.approx(record["val_loss"][-1], rel=1e-4)
+    assert not (tmp_path / "out" / "train_state.pth").exists()
+    assert "agreement" in capsys.readouterr().out
+
+
+def test_a_tokenizer_gives_back_every_byte(data, tmp_path):
+    text = "def  x():\n\t\treturn 'é漢' \n\n    # 12345  "
+    tokenizer = train.train_tokenizer([d.read_text() for d in data.glob("file*.py")], 300, tmp_path)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def interrupt_after(step, monkeypatch):
+    """Have the process receive Ctrl-C while that step is being computed."""
+    original, seen = train.enabled_exits, []
+
+    def counting(*args):
+        seen.append(1)
+        if len(seen) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+    monkeypatch.setattr(train, "enabled_exits", counting)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_interrupted_run_resumes_exactly(optimizer, data, tmp_path, monkeypatch):
+    how = ("--steps", 12, "--max_dropout", 0.3, "--optimizer", optimizer)
+    whole = run(data, tmp_path / "whole", *how)
+    with monkeypatch.context() as m:
+        interrupt_after(5, m)
+        with pytest.raises(SystemExit, match="stopped after step 5"):
+            run(data, tmp_path / "parts", *how)
+    with pytest.raises(InputError, match="unfinished run"):
+        run(data, tmp_path / "parts", *how)
+    with pytest.raises(InputError, match="--resume: lr was 0.002"):
+        run(data, tmp_path / "parts", *how, "--lr", 1, "--resume")
+    assert run(data, tmp_path / "parts", *how, "--resume") == whole[5:]
+    a, b = (load_model(tmp_path / name / "model.pth").state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_training_continues_a_converted_checkpoint(checkpoint, data, tmp_path):
+    losses = run(data, tmp_path / "out", "--steps", 30, "--checkpoint_path", checkpoint("llama3.2"), "--curriculum", "gradual", "--lr", 1e-3)
+    assert losses[-1] < losses[0]
+    assert load_model(tmp_path / "out" / "model.pth").config.rope_scaling
+
+
+def test_two_processes_train_as_one(data, tmp_path):
+    """DDP over gloo: the same losses as one process with the same batch, and one checkpoint."""
+    how = ["--steps", "5", "--max_dropout", "0.3"]
+    run(data, tmp_path / "one", *how)
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "scripts" / "train.py"),
+                             "--data", str(data), "--include", "*.py", "--out", str(tmp_path / "two"), *TINY, *how], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    one, two = (json.loads((tmp_path / name / "train_log.jsonl").read_text().splitlines()[-1])["val_loss"] for name in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-3)
+
+
+@pytest.mark.parametrize("args,words", [
+    (["--data", "nowhere"], "nowhere"), (["--include", "*.c"], "no UTF-8 text files"), (["--vocab_size", "100000"], "--vocab_size 100000"),
+    (["--context", "100000"], "too little text"), (["--resume"], "--resume"), (["--checkpoint_path", "nowhere.pth"], "nowhere.pth"),
+    (["--dim", "30", "--n_head", "4"], "--dim 30"), (["--steps", "0"], "--steps 0")])
+def test_bad_input(args, words, data, tmp_path):
+    with pytest.raises(InputError) as error:
+        run(data, tmp_path / "out", *args)
+    assert words in str(error.value) and "\n" not in str(error.value)
