@@ -5,7 +5,6 @@ On the CPU both are a small C++ library, built with g++ at first use and cached.
 sequence of operations however many rows go with it, so drafting, verifying and plain decoding agree bit for bit. Where
 the library can't be built, and on other devices, plain PyTorch does the same work, slower and without that promise.
 """
-import functools
 import hashlib
 import os
 import shutil
@@ -222,26 +221,29 @@ def build():
     return library
 
 
-@functools.cache
-def available():
-    """Build and load the CPU library if that hasn't happened; whether it is there. Says once why it isn't."""
-    if os.environ.get("LAYERSKIP_KERNELS") == "0":
-        return False
-    try:
-        torch.ops.load_library(build())
-    except (OSError, subprocess.CalledProcessError) as error:
-        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        reason = next((line for line in lines if "error" in line), lines[0])
-        warnings.warn(f"decoding runs on plain PyTorch, which is slower: the C++ kernels can't be built ({reason})")
-        return False
-    torch.library.register_fake("layerskip::linear", lambda x, w: x.new_empty(*x.shape[:-1], w.shape[0]))
-    torch.library.register_fake("layerskip::attend", lambda q, k, v, pos: torch.empty_like(q))
-    return True
+_ready = None  # whether the CPU library is loaded; None: not tried yet
+
+
+def prepare():
+    """Build and load the CPU library, once; returns whether it is there. Says why if it isn't."""
+    global _ready
+    if _ready is None:
+        try:
+            torch.ops.load_library(build())
+            torch.library.register_fake("layerskip::linear", lambda x, w: x.new_empty(*x.shape[:-1], w.shape[0]))
+            torch.library.register_fake("layerskip::attend", lambda q, k_cache, v_cache, pos: torch.empty_like(q))
+            _ready = True
+        except (OSError, subprocess.CalledProcessError) as error:
+            lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+            reason = next((line for line in lines if "error" in line), lines[0])
+            warnings.warn(f"decoding runs on plain PyTorch, which is slower: the C++ kernels can't be built ({reason})")
+            _ready = False
+    return _ready
 
 
 def fits(x, rows):
-    """Whether the CPU library takes `rows` rows of x's kind."""
-    return rows <= MAX_ROWS and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled() and available()
+    """Whether the CPU library is there and takes `rows` rows of x's kind."""
+    return _ready and rows <= MAX_ROWS and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled()
 
 
 def linear(x, w):

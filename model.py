@@ -188,9 +188,12 @@ class Transformer(nn.Module):
     def setup_caches(self, rows, batch=1):
         """See to KV caches of at least `rows` positions in every layer, in the weights' dtype and on their device."""
         weight, cache = self.embed.weight, self.layers[0].attention.k_cache
+        if weight.device.type == "cpu":
+            kernels.prepare()
         if cache is not None and cache.shape[0] == batch and cache.shape[2] >= rows:
             return
         shape = (batch, self.config.n_kv_head, rows, self.config.head_dim)
+        check_memory(2 * self.config.n_layer * math.prod(shape) * weight.itemsize, weight.device, f"a KV cache of {rows} positions")
         for layer in self.layers:
             layer.attention.k_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
             layer.attention.v_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
@@ -269,6 +272,19 @@ def read_state(path):
         raise InputError(f"{path}: not a readable checkpoint ({(str(error).splitlines() or ['empty file'])[0]})") from None
 
 
+def check_memory(nbytes, device, what):
+    """Raise InputError if `nbytes` more, for `what`, are not free on the device, where the system tells."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif Path("/proc/meminfo").is_file():
+        free = next(int(line.split()[1]) * 1024 for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
+    else:
+        return
+    if nbytes > free:
+        raise InputError(f"{what} needs {nbytes / 1e9:.2f} GB, but {device} has only {free / 1e9:.2f} GB free")
+
+
 def load_model(path, device="cpu", dtype=torch.float32):
     """Load `model.pth` with the `model.json` beside it, in evaluation mode, without caches.
 
@@ -279,6 +295,8 @@ def load_model(path, device="cpu", dtype=torch.float32):
     state = read_state(path)
     config = ModelConfig.load(path.with_suffix(".json"))
     check_state(state, config, path)
+    copied = [t for t in state.values() if t.dtype != dtype or torch.device(device).type != "cpu"]  # the rest stays mapped
+    check_memory(sum(t.numel() * dtype.itemsize for t in copied), device, f"{path} in {str(dtype)[6:]}")
     state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
     with torch.device("meta"):
         model = Transformer(config)

@@ -10,6 +10,7 @@ from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, HfHubHTT
 
 from model import InputError, run_command
 
+HTTPError = HfHubHTTPError.__bases__[0]  # of whichever HTTP library huggingface_hub uses: unreachable hosts raise it too
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 
 
@@ -29,14 +30,10 @@ def download(repo, token=None):
                          "(`hf auth login`, or --hf_token TOKEN)") from None
     except EntryNotFoundError as error:
         raise InputError(f"{repo}: {str(error).splitlines()[0]}") from None
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         if getattr(getattr(error, "response", None), "status_code", None) == 401:
             raise InputError(f"{repo}: the hub refused the token; log in again with `hf auth login`") from None
         raise InputError(f"{repo}: download failed ({(str(error).splitlines() or [type(error).__name__])[0]}); run the command again to resume") from None
-    except Exception as error:
-        if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests"):  # no connection
-            raise InputError(f"{repo}: the hub can't be reached ({error}); run the command again to resume") from None
-        raise
     return folder
 
 

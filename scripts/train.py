@@ -54,15 +54,21 @@ def enabled_exits(n_layer, step, steps, curriculum, rotation):
     return enabled
 
 
-def exit_weights(enabled, scale):
-    """Weight (L,) of each exit's cross entropy, normalized to sum 1: e~(t, l) (paper, section 4.2).
+def exit_weights(enabled, scale, growth="quadratic"):
+    """Weight (L,) of each exit's cross entropy, normalized to sum 1 over the enabled ones: e~(t, l) (paper, section 4.2).
 
-    e(l) = scale * (0 + 1 + ... + l) for l < L - 1, and e(L - 1) = L - 1 + scale * (0 + 1 + ... + (L - 2)).
+    quadratic, the paper's: e(l) = scale * (0 + 1 + ... + l) for l < L - 1, and e(L - 1) = L - 1 + scale * (0 + 1 + ... + (L - 2)).
+    linear, ours, for short runs, in which the paper's weights leave the earliest exits behind: e(l) = scale * (l + 1), and
+    e(L - 1) = L.
     """
     layer = torch.arange(len(enabled), dtype=torch.float64)
-    weight = scale * layer * (layer + 1) / 2
     last = len(enabled) - 1
-    weight[last] = last + scale * (last - 1) * last / 2 if last else 1.0
+    if growth == "quadratic":
+        weight = scale * layer * (layer + 1) / 2
+        weight[last] = last + scale * (last - 1) * last / 2 if last else 1.0
+    else:
+        weight = scale * (layer + 1)
+        weight[last] = last + 1
     weight = weight * enabled
     return (weight / weight.sum()).float()
 
@@ -228,6 +234,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("recipe")
     g.add_argument("--max_dropout", type=float, default=0.1, help="p_max: how often the last layer is skipped")
     g.add_argument("--exit_scale", type=float, default=1.0, help="e_scale: how much the early exits weigh in the loss")
+    g.add_argument("--exit_growth", choices=["quadratic", "linear"], default="quadratic", help="of that weight with depth: the paper's, or one that favours early exits")
     g.add_argument("--curriculum", choices=["rotational", "gradual"], default="rotational")
     g.add_argument("--rotation", type=int, default=4, help="R: every R-th exit is trained in a step (rotational)")
     g = p.add_argument_group("optimization")
@@ -386,7 +393,7 @@ def train(args):
             skip = dropout_probabilities(config.n_layer, step, args.steps, args.max_dropout, base is None)
             keep = torch.rand(config.n_layer, args.batch_size, generator=g) >= skip[:, None]
             keep = keep[:, rank * share:(rank + 1) * share]
-            weights = exit_weights(enabled_exits(config.n_layer, step, args.steps, args.curriculum, args.rotation), args.exit_scale)
+            weights = exit_weights(enabled_exits(config.n_layer, step, args.steps, args.curriculum, args.rotation), args.exit_scale, args.exit_growth)
             first = step * args.batch_size + rank * share
             batch = torch.stack([window(ids, i, args.context, args.seed) for i in range(first, first + share)]).to(device)
             with amp:

@@ -13,7 +13,7 @@ ROWS = [*range(1, 10), 16]
 
 @pytest.fixture(autouse=True)
 def built():
-    assert kernels.available(), "the C++ kernels must build where the tests run"
+    assert kernels.prepare(), "the C++ kernels must build where the tests run"
     with torch.inference_mode():
         yield
 
@@ -70,9 +70,12 @@ def test_says_so_without_a_compiler(tmp_path):
     code = ("import torch, kernels, warnings\n"
             "with torch.inference_mode(), warnings.catch_warnings(record=True) as seen:\n"
             "    warnings.simplefilter('always')\n"
+            "    assert not kernels.prepare() and not kernels.prepare()\n"
+            "    assert len(seen) == 1 and 'slower' in str(seen[0].message), seen\n"
             "    x, w = torch.ones(1, 2, 8), torch.ones(3, 8)\n"
             "    assert kernels.linear(x, w).eq(8).all() and kernels.linear(x, w).shape == (1, 2, 3)\n"
-            "    assert len(seen) == 1 and 'slower' in str(seen[0].message), seen\n")
+            "    q, cache = torch.ones(1, 2, 4, 8), torch.arange(6.)[:, None].expand(1, 2, 6, 8)\n"
+            "    assert kernels.attend(q, 0 * cache, cache, torch.tensor([2, 4])).allclose(torch.tensor([1., 2.])[:, None, None])\n")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={"CXX": str(tmp_path / "none"), "XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
                             capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -225,3 +225,12 @@ def test_bad_checkpoints(case, checkpoint, tmp_path):
     with pytest.raises(InputError) as error:
         load_model(path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_too_little_memory_is_said_before_it_is_taken(checkpoint, monkeypatch, tmp_path):
+    with pytest.raises(InputError, match=r"a KV cache of 1000000000000 positions needs .* GB, but cpu has only"):
+        load_model(checkpoint("llama2")).setup_caches(10**12)
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 8 kB\n")
+    monkeypatch.setattr("builtins.open", lambda *a, real=open: real(tmp_path / "meminfo") if a[0] == "/proc/meminfo" else real(*a))
+    with pytest.raises(InputError, match=r"model.pth in bfloat16 needs .* GB, but cpu has only 0.00 GB free"):
+        load_model(checkpoint("llama2"), dtype=torch.bfloat16)
