@@ -200,7 +200,7 @@ class Decoder:
         return torch.cat((out, n))
 
     def round(self, on_draft=None):
-        """Draft K tokens, verify them, and return (tokens, accepted): the list of 1 to K + 1 new ids, and how many were drafted."""
+        """Draft K tokens and verify them, without asking the device for anything. Returns (K+2,) as `_verify` does."""
         K, u = self.K, self.uniform(2 * self.K + 1)
         tokens, hidden, probs = [self.token.clone()], [], []
         for i in range(K):
@@ -209,8 +209,7 @@ class Decoder:
         tokens = torch.cat(tokens, dim=1)
         if on_draft and K:
             on_draft(tokens[0, 1:].tolist())
-        *out, n = self.verify(tokens, hidden, probs, self.pos, None if u is None else u[K:]).tolist()
-        return out[:n + 1], n
+        return self.verify(tokens, hidden, probs, self.pos, None if u is None else u[K:])
 
     @torch.inference_mode()
     def generate(self, prompt, max_new_tokens, eos_ids=(), on_draft=None):
@@ -240,9 +239,10 @@ class Decoder:
                 if token in eos_ids or len(stats.tokens) == limit:
                     return
             began = time.perf_counter()
-            out, accepted = self.round(on_draft)
+            *out, accepted = self.round(on_draft).tolist()  # the one time that the host waits
             stats.decode_seconds += time.perf_counter() - began
             stats.accept_counts[accepted] += 1
+            out = out[:accepted + 1]
 
     # The byte model: decoding reads every weight once a pass, so bytes are the currency.
 

@@ -58,8 +58,8 @@ def exit_weights(enabled, scale, growth="quadratic"):
     """Weight (L,) of each exit's cross entropy, normalized to sum 1 over the enabled ones: e~(t, l) (paper, section 4.2).
 
     quadratic, the paper's: e(l) = scale * (0 + 1 + ... + l) for l < L - 1, and e(L - 1) = L - 1 + scale * (0 + 1 + ... + (L - 2)).
-    linear, ours, for short runs, in which the paper's weights leave the earliest exits behind: e(l) = scale * (l + 1), and
-    e(L - 1) = L.
+    constant, ours, for short runs, in which the paper's weights leave the earliest exits behind: e(l) = scale for l < L - 1,
+    and e(L - 1) = 1.
     """
     layer = torch.arange(len(enabled), dtype=torch.float64)
     last = len(enabled) - 1
@@ -67,8 +67,8 @@ def exit_weights(enabled, scale, growth="quadratic"):
         weight = scale * layer * (layer + 1) / 2
         weight[last] = last + scale * (last - 1) * last / 2 if last else 1.0
     else:
-        weight = scale * (layer + 1)
-        weight[last] = last + 1
+        weight = torch.full_like(layer, scale)
+        weight[last] = 1.0
     weight = weight * enabled
     return (weight / weight.sum()).float()
 
@@ -234,7 +234,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("recipe")
     g.add_argument("--max_dropout", type=float, default=0.1, help="p_max: how often the last layer is skipped")
     g.add_argument("--exit_scale", type=float, default=1.0, help="e_scale: how much the early exits weigh in the loss")
-    g.add_argument("--exit_growth", choices=["quadratic", "linear"], default="quadratic", help="of that weight with depth: the paper's, or one that favours early exits")
+    g.add_argument("--exit_growth", choices=["quadratic", "constant"], default="quadratic", help="of that weight with depth: the paper's, or none, which favours early exits")
     g.add_argument("--curriculum", choices=["rotational", "gradual"], default="rotational")
     g.add_argument("--rotation", type=int, default=4, help="R: every R-th exit is trained in a step (rotational)")
     g = p.add_argument_group("optimization")
@@ -370,6 +370,13 @@ def train(args):
                         "step": step, "settings": settings}, partial)
             partial.replace(state_path)
 
+    def interrupted():
+        """Whether any process was told to stop: they must all leave the loop at the same step."""
+        flag = torch.tensor(len(stop), device=device)
+        if world > 1:
+            dist.all_reduce(flag)
+        return bool(flag)
+
     def validate(tokens):
         model.eval()
         result = evaluate(model, val_ids, args.context, share, tokens, amp, device)
@@ -382,7 +389,7 @@ def train(args):
     stop = []  # signals that came; a step is always finished first, so that the saved state is consistent
     previous = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        while step < args.steps and not stop:
+        while step < args.steps and not interrupted():
             if rank == 0 and args.eval_every and step % args.eval_every == 0 and step > first_step:
                 losses, agreement, _ = validate(args.eval_tokens)
                 record = {"step": step, "val_loss": losses.tolist(), "agreement": agreement.tolist(), "seconds": time.perf_counter() - began}
@@ -418,7 +425,7 @@ def train(args):
         bar.close()
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if stop:
+    if step < args.steps:
         save_state(step)
         sys.exit(f"stopped after step {step}; --resume goes on from there")
 

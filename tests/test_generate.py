@@ -6,14 +6,15 @@ import sys
 
 import pytest
 import torch
-from conftest import FAMILY, ROOT, make_hf_model
+from conftest import FAMILY, ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
 from generate import Decoder, Sampling, Stats, Text, accept, acceptance, draw, encode
 from model import InputError, ModelConfig, Transformer, load_model
 from tokenizer import Tokenizer
 
-PROMPT = [1, 17, 60, 33, 95, 8]
+PROMPT = [1, 17, 60, 33, 25, 8]
 
 
 def tiny_model(seed=0, context=96, n_layer=4, vocab=64, late=0.4, dtype=torch.float32):
@@ -33,7 +34,7 @@ def tiny_model(seed=0, context=96, n_layer=4, vocab=64, late=0.4, dtype=torch.fl
 
 def run(model, n=40, prompt=PROMPT, eos=(), **how):
     decoder = Decoder(model, **how)
-    return list(decoder.generate([t % model.config.vocab_size for t in prompt], n, eos)), decoder.stats
+    return list(decoder.generate(prompt, n, eos)), decoder.stats
 
 
 @pytest.mark.parametrize("shape", FAMILY)
@@ -130,6 +131,35 @@ def test_work_per_round(monkeypatch):
         assert (count(i, 1), count(i, K + 1)) == ((rounds * (K + 1), 0) if i < E else (0, rounds))
     assert count("head", 1) == rounds * K + 1 and count("head", K + 1) == rounds
     assert len(calls) == 4 + 1 + rounds * (E * (K + 1) + (4 - E) + K + 1)
+
+
+class NoQuestions(TorchDispatchMode):
+    """Fails when an operation would make the host wait for a value on the device."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        assert op.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal), op
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 10, 0.9)])
+@pytest.mark.parametrize("how", [dict(), dict(exit_layer=2, k=3), dict(draft_model=tiny_model(1), k=3)])
+def test_a_round_never_asks_the_device(how, sampling):
+    decoder = Decoder(tiny_model(), sampling=sampling, **how)
+    next(decoder.generate(PROMPT, 9))
+    with torch.inference_mode(), NoQuestions():
+        decoder.round()
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoQuestions():
+        decoder.pos.item()
+
+
+def test_nothing_recompiles_over_two_hundred_rounds():
+    torch._dynamo.reset()
+    decoder = Decoder(tiny_model(context=1200, n_layer=2), exit_layer=1, k=2, compile=True, sampling=Sampling(1.0))
+    list(decoder.generate(PROMPT, 20))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for prompt in (PROMPT, PROMPT[:3]):
+            list(decoder.generate(prompt, 600))
+    assert sum(decoder.stats.accept_counts) >= 200
 
 
 # Distributions.
