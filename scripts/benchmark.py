@@ -1,7 +1,10 @@
-"""Plain against self-speculative decoding of a checkpoint, in one run: tokens/s, speedup, acceptance, memory.
+"""Plain against self-speculative decoding in one run: tokens/s, share of the memory bandwidth, speedup, acceptance, memory.
 
-Every setting decodes every prompt in turn, plain and speculative interleaved, after a warm-up that is reported apart.
-Both share every kernel. Greedy text is compared token for token.
+Every setting decodes every prompt in turn, plain and speculative interleaved, after a warm-up that is reported apart. Both
+share every kernel. Greedy text is compared token for token. With --shape no checkpoint is needed: random weights of a
+known model's shape, in which layers from the smallest exit on contribute nothing, so that a draft is always right, except
+that it is spoilt with probability 1 - --acceptance. The bytes and kernels are those of the real model; the acceptance is
+synthetic, and so is the text.
 """
 import argparse
 import json
@@ -16,7 +19,45 @@ import torch
 from tqdm import tqdm
 
 from generate import CHECKPOINTS, Decoder, Sampling, acceptance, encode, load, peak_memory_gb
-from model import InputError, run_command
+from model import InputError, ModelConfig, Transformer, check_memory, rope_frequencies, run_command
+
+# vocab_size, dim, n_layer, n_head, n_kv_head, head_dim, intermediate_size, context, tied
+SHAPES = {
+    "100M": (8192, 768, 12, 12, 12, 64, 2048, 2048, False),
+    "llama3.2-1B": (128256, 2048, 16, 32, 8, 64, 8192, 131072, True),
+    "llama2-7B": (32000, 4096, 32, 32, 32, 128, 11008, 4096, False),
+    "codellama-7B": (32016, 4096, 32, 32, 32, 128, 11008, 16384, False),
+    "llama3-8B": (128256, 4096, 32, 32, 8, 128, 14336, 8192, False),
+    "llama2-13B": (32000, 5120, 40, 40, 40, 128, 13824, 4096, False),
+    "codellama-34B": (32000, 8192, 48, 64, 8, 128, 22016, 16384, False),
+    "llama2-70B": (32000, 8192, 80, 64, 8, 128, 28672, 4096, False),
+}
+
+
+def random_model(shape, first_idle, device, dtype):
+    """A model of one of SHAPES with random weights, whose layers from first_idle on add nothing to the hidden states."""
+    vocab, dim, layers, heads, kv_heads, head_dim, ffn, context, tied = SHAPES[shape]
+    config = ModelConfig(vocab, dim, layers, heads, kv_heads, head_dim, ffn, context, tied=tied)
+    with torch.device("meta"):
+        model = Transformer(config)
+    check_memory(sum(w.numel() for w in model.parameters()) * dtype.itemsize, device, f"--shape {shape}")
+    model = model.to(dtype).to_empty(device=device).requires_grad_(False)
+    model.inv_freq = rope_frequencies(config).to(device)
+    for name, weight in model.named_parameters():
+        idle = name.startswith("layers.") and int(name.split(".")[1]) >= first_idle and name.endswith(("wo.weight", "w2.weight"))
+        torch.nn.init.zeros_(weight) if idle else torch.nn.init.ones_(weight) if weight.dim() == 1 else torch.nn.init.normal_(weight, std=dim ** -0.5)
+    return model.eval()
+
+
+class SpoiltDecoder(Decoder):
+    """Replaces drafted tokens by wrong ones with probability 1 - acceptance."""
+
+    acceptance = 1.0
+
+    def _propose(self, token, pos, u):
+        hidden, token, probs = super()._propose(token, pos, u)
+        spoilt = (token + 1) % self.model.config.vocab_size
+        return hidden, torch.where(torch.rand((), device=token.device) < self.acceptance, token, spoilt), probs
 
 
 def read_prompts(path):
@@ -51,35 +92,79 @@ def bars(probs, width=40):
     return "\n".join(f"  {i} {'█' * round(p * width)} {p:.1%}" for i, p in enumerate(probs))
 
 
-def main():
+def pass_times(model, rows, compile, repeats=9):
+    """Median seconds of one full pass over M = 1..rows rows at position 128, with the head on each."""
+    model.setup_caches(128 + rows)
+    step = torch.compile(lambda x, pos: model.logits(model(x, pos)), fullgraph=True, dynamic=False) if compile else lambda x, pos: model.logits(model(x, pos))
+    times, device = [], model.embed.weight.device
+    for m in range(1, rows + 1):
+        x, pos = torch.zeros(1, m, dtype=torch.long, device=device), torch.arange(128, 128 + m, device=device)
+        samples = []
+        for _ in range(repeats + 3):
+            began = time.perf_counter()
+            step(x, pos)[0, 0, 0].item()
+            samples.append(time.perf_counter() - began)
+        times.append(statistics.median(samples[3:]))
+    return times
+
+
+def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--checkpoint_path", type=Path, default=CHECKPOINTS / "demo" / "model.pth")
+    p.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead of a checkpoint")
+    p.add_argument("--acceptance", type=float, default=0.8, help="chance that a drafted token is right (with --shape)")
     p.add_argument("--prompts", type=Path, default=CHECKPOINTS / "demo" / "prompts.jsonl", help="JSONL file with a `prompt` in each line")
+    p.add_argument("--prompt_tokens", type=int, default=128, help="length of the random prompts (with --shape)")
     p.add_argument("--num_prompts", type=int, default=4, help="use the first of them")
     p.add_argument("--max_new_tokens", type=int, default=256, help="per prompt; EOS doesn't end a text here, so that all are equally long")
-    p.add_argument("--early_exit", "--exit_layer", type=int, nargs="+", default=[3], help="exit layers to try")
+    p.add_argument("--early_exit", "--exit_layer", type=int, nargs="+", help="exit layers to try (default: a quarter of the layers)")
     p.add_argument("--speculate_k", "--num_speculations", type=int, nargs="+", default=[3], help="draft lengths to try")
     p.add_argument("--repeats", type=int, default=3, help="timed passes over the prompts")
+    p.add_argument("--pass_rows", type=int, default=0, help="also time one full pass over 1 to this many rows")
     p.add_argument("--temperature", type=float, default=0.0)
     p.add_argument("--top_k", type=int)
     p.add_argument("--top_p", type=float, default=1.0)
+    p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=["bfloat16", "float16", "float32"])
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     p.add_argument("--json", metavar="FILE", help="also write the JSON line, which ends the output, to this file")
-    args = p.parse_args()
+    args = p.parse_args(argv)
+    for name in ("num_prompts", "repeats", "prompt_tokens", "max_new_tokens"):
+        if getattr(args, name) < (2 if name == "max_new_tokens" else 1):
+            raise InputError(f"--{name} {getattr(args, name)}: too few to time anything")
+    if not 0 <= args.acceptance <= 1:
+        raise InputError(f"--acceptance {args.acceptance}: must be between 0 and 1")
+    return args
 
-    model, tokenizer = load(args.checkpoint_path, args.device, args.precision)
-    prompts = [encode(tokenizer, model.config, text) for text in read_prompts(args.prompts)[:args.num_prompts]]
+
+@torch.inference_mode()
+def main():
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    if args.shape:
+        vocab, layers = SHAPES[args.shape][0], SHAPES[args.shape][2]
+        args.early_exit = args.early_exit or [layers // 4]
+        precision = args.precision or ("bfloat16" if args.device.startswith("cuda") else "float32")
+        model = random_model(args.shape, min(args.early_exit), args.device, getattr(torch, precision))
+        prompts = torch.randint(vocab, (args.num_prompts, args.prompt_tokens)).tolist()
+        name, decoder_class = f"{args.shape} shape with random weights and synthetic acceptance {args.acceptance}", SpoiltDecoder
+        SpoiltDecoder.acceptance = args.acceptance
+    else:
+        model, tokenizer = load(args.checkpoint_path, args.device, args.precision)
+        args.early_exit = args.early_exit or [max(1, model.config.n_layer // 4)]
+        prompts = [encode(tokenizer, model.config, text) for text in read_prompts(args.prompts)[:args.num_prompts]]
+        name, decoder_class = str(args.checkpoint_path), Decoder
     settings = [None] + [(e, k) for e in args.early_exit for k in args.speculate_k]
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     bandwidth = read_bandwidth(args.device)
+    times = pass_times(model, args.pass_rows, args.compile) if args.pass_rows else []
     rows = max(map(len, prompts)) + args.max_new_tokens
     results = {s: dict(rates=[], counts=[], prefill=[], texts=[]) for s in settings}
     decoders, bar = {}, tqdm(total=len(settings) * (1 + args.repeats * len(prompts)), desc="compiling", disable=None)
     for setting in settings:
         how = dict(exit_layer=setting[0], k=setting[1]) if setting else {}
-        decoders[setting] = Decoder(model, sampling=sampling, rows=rows, compile=args.compile, seed=0, **how)
+        decoders[setting] = decoder_class(model, sampling=sampling, rows=rows, compile=args.compile, seed=args.seed, **how)
     for setting, decoder in decoders.items():
         began = time.perf_counter()
         for _ in decoder.generate(prompts[0], 3 * (decoder.K + 1)):
@@ -110,9 +195,12 @@ def main():
             ideal_speedup=decoder.ideal_speedup(mean), mean_accepted=mean, acceptance_probs=probs,
             bandwidth_gb_per_s=used / 1e9, bandwidth_share=used / bandwidth, prefill_seconds=statistics.median(r["prefill"]),
             compile_seconds=r["compile_seconds"], same_text=r["texts"] == results[None]["texts"]))
-    print(f"\n{args.checkpoint_path}, {str(model.embed.weight.dtype)[6:]} on {args.device}, {'compiled' if args.compile else 'eager'}, "
+    print(f"\n{name}, {str(model.embed.weight.dtype)[6:]} on {args.device}, {'compiled' if args.compile else 'eager'}, "
           f"temperature {args.temperature}, {len(prompts)} prompts x {args.max_new_tokens} new tokens, median of {len(prompts) * args.repeats}")
-    print(f"read bandwidth of this machine: {bandwidth / 1e9:.1f} GB/s; one full pass reads {decoders[None].bytes_per_round() / 1e6:.1f} MB of weights\n")
+    print(f"read bandwidth of this machine: {bandwidth / 1e9:.1f} GB/s; one full pass reads {decoders[None].bytes_per_round() / 1e6:.1f} MB of weights")
+    if times:
+        print("one full pass over M rows: " + ", ".join(f"{m}: {1e3 * t:.2f} ms ({t / times[0]:.2f}x)" for m, t in enumerate(times, 1)))
+    print()
     print("decoding                 tokens/s  speedup  ideal  accepted  GB/s (share)")
     for row in table:
         name = f"self-speculative E={row['exit_layer']} K={row['k']}" if row["k"] else "plain"
@@ -126,7 +214,7 @@ def main():
         print(f"speculation loses here: its best setting reaches {best['speedup']:.2f}x of plain decoding's {plain:.1f} tokens/s")
     memory = peak_memory_gb(args.device)
     print(f"compilation {sum(row['compile_seconds'] for row in table):.1f} s in all, peak memory {memory:.2f} GB")
-    line = json.dumps(dict(settings={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, table=table, memory_gb=memory,
+    line = json.dumps(dict(settings={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, table=table, memory_gb=memory, pass_seconds=times,
                            read_bandwidth_gb_per_s=bandwidth / 1e9, torch=torch.__version__, python=platform.python_version(),
                            threads=torch.get_num_threads(), machine=platform.machine()))
     print(line)

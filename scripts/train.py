@@ -54,20 +54,20 @@ def enabled_exits(n_layer, step, steps, curriculum, rotation):
     return enabled
 
 
-def exit_weights(enabled, scale, growth="quadratic"):
+def exit_weights(enabled, scale, power=None):
     """Weight (L,) of each exit's cross entropy, normalized to sum 1 over the enabled ones: e~(t, l) (paper, section 4.2).
 
-    quadratic, the paper's: e(l) = scale * (0 + 1 + ... + l) for l < L - 1, and e(L - 1) = L - 1 + scale * (0 + 1 + ... + (L - 2)).
-    constant, ours, for short runs, in which the paper's weights leave the earliest exits behind: e(l) = scale for l < L - 1,
-    and e(L - 1) = 1.
+    The paper's, power None: e(l) = scale * (0 + 1 + ... + l) for l < L - 1, and e(L - 1) = L - 1 + scale * (0 + 1 + ... + (L - 2)).
+    Ours, for short runs, in which the paper's weights leave the earliest exits behind: e(l) = scale * (l + 1)^power for
+    l < L - 1, and e(L - 1) = 1.
     """
     layer = torch.arange(len(enabled), dtype=torch.float64)
     last = len(enabled) - 1
-    if growth == "quadratic":
+    if power is None:
         weight = scale * layer * (layer + 1) / 2
         weight[last] = last + scale * (last - 1) * last / 2 if last else 1.0
     else:
-        weight = torch.full_like(layer, scale)
+        weight = scale * (layer + 1) ** power
         weight[last] = 1.0
     weight = weight * enabled
     return (weight / weight.sum()).float()
@@ -234,7 +234,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("recipe")
     g.add_argument("--max_dropout", type=float, default=0.1, help="p_max: how often the last layer is skipped")
     g.add_argument("--exit_scale", type=float, default=1.0, help="e_scale: how much the early exits weigh in the loss")
-    g.add_argument("--exit_growth", choices=["quadratic", "constant"], default="quadratic", help="of that weight with depth: the paper's, or none, which favours early exits")
+    g.add_argument("--exit_power", type=float, help="exits before the last weigh --exit_scale * (layer number)^this, the last 1 (default: the paper's weights)")
     g.add_argument("--curriculum", choices=["rotational", "gradual"], default="rotational")
     g.add_argument("--rotation", type=int, default=4, help="R: every R-th exit is trained in a step (rotational)")
     g = p.add_argument_group("optimization")
@@ -260,8 +260,10 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-# What may change between an interrupted run and the one that resumes it.
-FREE_TO_CHANGE = {"resume", "save_every", "eval_every", "eval_tokens", "exit_layer", "compile", "out", "device"}
+# What may differ between an interrupted run and the one that resumes it. With the same settings the run goes on exactly;
+# the schedule's length and the exits' weights may be changed on purpose.
+FREE_TO_CHANGE = {"resume", "save_every", "eval_every", "eval_tokens", "exit_layer", "compile", "out", "device",
+                  "steps", "rotation", "exit_scale", "exit_power"}
 
 
 def train(args):
@@ -400,7 +402,7 @@ def train(args):
             skip = dropout_probabilities(config.n_layer, step, args.steps, args.max_dropout, base is None)
             keep = torch.rand(config.n_layer, args.batch_size, generator=g) >= skip[:, None]
             keep = keep[:, rank * share:(rank + 1) * share]
-            weights = exit_weights(enabled_exits(config.n_layer, step, args.steps, args.curriculum, args.rotation), args.exit_scale, args.exit_growth)
+            weights = exit_weights(enabled_exits(config.n_layer, step, args.steps, args.curriculum, args.rotation), args.exit_scale, args.exit_power)
             first = step * args.batch_size + rank * share
             batch = torch.stack([window(ids, i, args.context, args.seed) for i in range(first, first + share)]).to(device)
             with amp:

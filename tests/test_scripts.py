@@ -110,3 +110,15 @@ def test_benchmark(checkpoint, tmp_path):
         (tmp_path / "prompts.jsonl").write_text(line)
         result = shell(command)
         assert result.returncode == 1 and words in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_benchmark_of_a_shape_reaches_the_acceptance_that_was_asked_for(monkeypatch, capsys):
+    import benchmark
+    monkeypatch.setitem(benchmark.SHAPES, "tiny", (64, 32, 4, 2, 1, 16, 48, 2048, False))
+    monkeypatch.setattr(sys, "argv", "benchmark.py --shape tiny --acceptance 0.6 --early_exit 1 --speculate_k 3 --num_prompts 2 --max_new_tokens 600 --repeats 1 "
+                        "--no-compile --device cpu --pass_rows 3".split())
+    benchmark.main()
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    row = report["table"][1]
+    expected = [0.4, 0.6 * 0.4, 0.36 * 0.4, 0.216]  # a chain of independent successes
+    assert row["acceptance_probs"] == pytest.approx(expected, abs=0.08) and row["same_text"] and len(report["pass_seconds"]) == 3

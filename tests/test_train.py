@@ -48,7 +48,8 @@ def test_exit_weights():
     torch.testing.assert_close(train.exit_weights(every, 1.0), torch.tensor([0, 1, 3, 6]) / 10)
     torch.testing.assert_close(train.exit_weights(every, 0.2), torch.tensor([0, 0.2, 0.6, 3.6]) / 4.4)
     torch.testing.assert_close(train.exit_weights(torch.tensor([True, True, False, True]), 0.5), torch.tensor([0, 0.5, 0, 4.5]) / 5)
-    torch.testing.assert_close(train.exit_weights(every, 0.5, "constant"), torch.tensor([0.5, 0.5, 0.5, 1]) / 2.5)
+    torch.testing.assert_close(train.exit_weights(every, 0.5, 0.0), torch.tensor([0.5, 0.5, 0.5, 1]) / 2.5)
+    torch.testing.assert_close(train.exit_weights(every, 2.0, -1.0), torch.tensor([2, 1, 2 / 3, 1]) / (14 / 3))
 
 
 def test_curricula():
