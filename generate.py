@@ -12,17 +12,18 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from model import InputError, Transformer, load_model, run_command
+import kernels
+from model import InputError, Transformer, check_device, check_writable, load_model, run_command
 from tokenizer import Tokenizer
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
+INTERACTIVE_ROWS = 8192  # what --interactive provides for, of contexts that may be far longer
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,8 @@ class Decoder:
             raise InputError("self-speculation and a separate draft model exclude each other")
         if exit_layer is not None and not 1 <= exit_layer < config.n_layer:
             raise InputError(f"--early_exit {exit_layer}: the model has {config.n_layer} layers, so 1 to {config.n_layer - 1} can be drafted with")
-        if self.drafter and k < 1:
-            raise InputError(f"--speculate_k {k}: must be 1 or more")
+        if self.drafter and not 1 <= k < kernels.MAX_ROWS:
+            raise InputError(f"--speculate_k {k}: must be 1 to {kernels.MAX_ROWS - 1}")
         if draft_model is not None and draft_model.config.vocab_size != config.vocab_size:
             raise InputError(f"the draft model has {draft_model.config.vocab_size} tokens, the target {config.vocab_size}: they must share a tokenizer")
         models = [model] if self.shared else [model, draft_model]
@@ -152,7 +153,8 @@ class Decoder:
         self.random.manual_seed(seed) if seed is not None else self.random.seed()
         self.stats = None  # of the last generation
         self.propose, self.verify, self.prefill = self._propose, self._verify, self._prefill
-        if compile:
+        if compile:  # each decoder compiles the same two functions for its own model, exit layer and k
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
             self.propose, self.verify = (torch.compile(f, fullgraph=True, dynamic=False) for f in (self._propose, self._verify))
         if compile_prefill:
             self.prefill = torch.compile(self._prefill, fullgraph=True, dynamic=True)
@@ -335,27 +337,30 @@ class DraftDisplay:
 
 
 def encode(tokenizer, config, text):
-    """Prompt ids: BOS, where the checkpoint has one, and the text."""
+    """Prompt ids: BOS, where the checkpoint has one, and the text. Raises InputError if it isn't valid Unicode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError("the prompt is not valid UTF-8") from None
     return [config.bos_id] * (config.bos_id is not None) + tokenizer.encode(text)
 
 
 def find_checkpoint(args):
-    """The path of model.pth that the arguments name; `--model REPO` is prepared if it isn't there."""
+    """The path of model.pth that the arguments name; `--model REPO` (or a local folder) is prepared if it isn't there."""
     if not args.model:
         return args.checkpoint_path or CHECKPOINTS / "demo" / "model.pth"
-    path = CHECKPOINTS / args.model / "model.pth"
-    if not path.is_file() and subprocess.run(["bash", CHECKPOINTS.parent / "scripts" / "prepare.sh", args.model]).returncode:
-        raise InputError(f"--model {args.model}: could not be prepared")
-    return path
+    folder = Path(args.model) if Path(args.model).is_dir() else CHECKPOINTS / args.model
+    if not (folder / "model.pth").is_file():
+        script = CHECKPOINTS.parent / "scripts" / "prepare.sh"
+        if subprocess.run(["bash", script, args.model], env={**os.environ, "PYTHON": sys.executable}).returncode:
+            sys.exit(1)  # it has said why
+    return folder / "model.pth"
 
 
 def load(path, device, precision):
     """(model, tokenizer) of a checkpoint file. precision None: bfloat16 on CUDA, float32 on the CPU."""
     path = Path(path)
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device}: not available here ({str(error).splitlines()[0]})") from None
+    check_device(device)
     if precision is None:
         precision = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     model = load_model(path, device, getattr(torch, precision))
@@ -394,7 +399,7 @@ def parse_args(argv=None):
     g.add_argument("--precision", choices=["bfloat16", "float16", "float32"], help="of the weights (default: bfloat16 on CUDA, float32 on the CPU)")
     g.add_argument("--compile", action="store_true", help="compile decoding")
     g.add_argument("--compile_prefill", action="store_true", help="compile the prompt's pass too")
-    g.add_argument("--profile", type=Path, metavar="FILE", help="write a trace of the last sample for chrome://tracing or Perfetto")
+    g.add_argument("--profile", type=Path, metavar="FILE", help="write a trace of one more sample, for chrome://tracing or Perfetto")
     g.add_argument("--json", metavar="FILE", help="write everything measured as one JSON object; - means the last line of the output")
     args = p.parse_args(argv)
     args.self_speculative |= args.generation_strategy == "self_speculative"
@@ -407,6 +412,15 @@ def parse_args(argv=None):
     for name in ("num_samples", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)}: must be 1 or more")
+    if "" in args.stop:
+        raise InputError("--stop: an empty string would end every sample before it begins")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed {args.seed}: must be 0 to 2^63 - 1")
+    for option, path in (("--json", args.json), ("--profile", args.profile)):
+        if path and path != "-":
+            check_writable(option, path)
+    if args.interactive and (args.json or args.profile):
+        raise InputError("--interactive writes no --json and no --profile: leave them out")
     return args
 
 
@@ -444,11 +458,12 @@ def interact(decoder, tokenizer, args):
     print("Type a prompt; Ctrl-C stops an answer, Ctrl-D ends.")
     while True:
         try:
-            prompt = encode(tokenizer, decoder.model.config, input("> "))
+            line = input("> ")
         except EOFError:
             print()
             return
         try:
+            prompt = encode(tokenizer, decoder.model.config, line)
             run_sample(decoder, tokenizer, prompt, args, display.text, display.draft if display.colour else None)
         except InputError as error:  # one bad prompt doesn't end the conversation
             print(f"error: {error}")
@@ -469,11 +484,9 @@ def main(argv=None):
     model, tokenizer = load(path, args.device, args.precision)
     draft_model = None
     if args.draft_checkpoint_path:
-        draft_model, draft_tokenizer = load(args.draft_checkpoint_path, args.device, args.precision)
-        if draft_tokenizer.encode(args.prompt) != tokenizer.encode(args.prompt):
-            raise InputError(f"--draft_checkpoint_path {args.draft_checkpoint_path}: its tokenizer differs from the target's")
+        draft_model, _ = load(args.draft_checkpoint_path, args.device, args.precision)
     prompt = encode(tokenizer, model.config, args.prompt)
-    decoder = make_decoder(args, model, draft_model, None if args.interactive else len(prompt) + args.max_new_tokens)
+    decoder = make_decoder(args, model, draft_model, INTERACTIVE_ROWS if args.interactive else len(prompt) + args.max_new_tokens)
     print(f"{path}: {sum(w.numel() for w in model.parameters()) / 1e6:.1f}M parameters, {model.config.n_layer} layers, {str(model.embed.weight.dtype)[6:]} on {args.device}")
 
     compile_seconds = 0.0
@@ -489,15 +502,16 @@ def main(argv=None):
 
     samples = []
     for i in range(args.num_samples):
-        last = i == args.num_samples - 1
-        with torch.profiler.profile() if args.profile and last else nullcontext() as profile:
-            text = run_sample(decoder, tokenizer, prompt, args)
+        text = run_sample(decoder, tokenizer, prompt, args)
         s = decoder.stats
         print(f"{args.prompt}{text}\nTime for inference {i + 1}: {describe(decoder, s)}\n")
         samples.append(dict(prompt_tokens=s.prompt_tokens, tokens=s.tokens, text=text, prefill_seconds=s.prefill_seconds,
                             decode_seconds=s.decode_seconds, tokens_per_second=s.tokens_per_second, accept_counts=s.accept_counts))
-        if profile:
-            profile.export_chrome_trace(str(args.profile))
+
+    if args.profile:  # one more sample, which is not reported: profiling slows it
+        with torch.profiler.profile() as profile:
+            run_sample(decoder, tokenizer, prompt, args)
+        profile.export_chrome_trace(str(args.profile))
 
     rates = [s["tokens_per_second"] for s in samples]
     counts = [sum(c) for c in zip(*(s["accept_counts"] for s in samples))]

@@ -2,11 +2,14 @@
 attention over the valid part of the cache.
 
 On the CPU both are a small C++ library, built with g++ at first use and cached. Every output row is computed by the same
-sequence of operations however many rows go with it, so drafting, verifying and plain decoding agree bit for bit. Where
-the library can't be built, and on other devices, plain PyTorch does the same work, slower and without that promise.
+sequence of operations however many rows go with it, so products and attention are the same bit for bit in drafting,
+verifying and plain decoding. Where the library can't be built, and on other devices, plain PyTorch does the same work,
+slower and without that promise.
 """
 import hashlib
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -70,7 +73,7 @@ static void block(const float* x, const T* w, T* y, int64_t N, int64_t K) {
 
 template <int M, typename T>
 static void rows(const float* x, const T* w, T* y, int64_t N, int64_t K) {
-  constexpr int R = M == 1 ? 8 : M <= 5 ? 4 : 2;  // as many accumulators as there are registers
+  constexpr int R = M == 1 ? 8 : M <= (W == 16 ? 5 : 3) ? 4 : M <= 7 || W == 16 ? 2 : 1;  // R * M accumulators fit the registers
   at::parallel_for(0, (N + R - 1) / R, 1 + 32768 / (K * R), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin * R; n < std::min(end * R, N); n += R)
       if (n + R <= N) block<R, M>(x, w + n * K, y + n, N, K);
@@ -201,12 +204,16 @@ TORCH_LIBRARY_IMPL(layerskip, CPU, m) {
 def build():
     """Compile SOURCE for this processor and this PyTorch, once; returns the path of the shared library."""
     torch_dir = Path(torch.__file__).parent
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "")
     if not compiler:
         raise OSError("no C++ compiler found")
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
     flags = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    target = subprocess.run([compiler, "-march=native", "-Q", "--help=target"], capture_output=True).stdout  # what native means here
-    key = hashlib.sha256(repr((SOURCE, flags, compiler, torch.__version__, target)).encode()).hexdigest()[:16]
+    if platform.machine() == "x86_64" and b"clang" not in version:
+        flags.append("--param=avoid-fma-max-bits=0")  # GCC breaks up some chains of FMA on AMD: rows would round differently
+    cpuinfo = Path("/proc/cpuinfo")
+    native = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "") if cpuinfo.is_file() else ""
+    key = hashlib.sha256(repr((SOURCE, flags, version, torch.__version__, platform.platform(), native)).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerskip-fast"
     library = folder / f"kernels-{key}.so"
     if not library.is_file():
@@ -215,7 +222,7 @@ def build():
             source, built = Path(work) / "kernels.cpp", Path(work) / "kernels.so"
             source.write_text(SOURCE)
             include = torch_dir / "include"
-            subprocess.run([compiler, *flags, f"-I{include}", f"-I{include}/torch/csrc/api/include", str(source), "-o", str(built),
+            subprocess.run([*compiler, *flags, f"-I{include}", f"-I{include}/torch/csrc/api/include", str(source), "-o", str(built),
                             f"-L{torch_dir}/lib", "-ltorch_cpu", "-lc10"], check=True, capture_output=True, text=True)
             built.replace(library)  # whole or not at all, also when two processes build at once
     return library

@@ -5,6 +5,7 @@ H query heads, G key/value heads, C head width, F feed-forward width, L layers.
 """
 import json
 import math
+import os
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -26,8 +27,12 @@ def run_command(main):
         main()
     except InputError as error:
         sys.exit(f"error: {error}")
-    except (MemoryError, torch.OutOfMemoryError):
-        sys.exit("error: out of memory: take a smaller model, fewer --max_new_tokens, or a lower --precision")
+    except OSError as error:
+        sys.exit(f"error: {error.filename or 'input or output'}: {error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            sys.exit("error: out of memory: take a smaller model, fewer --max_new_tokens, or a lower --precision")
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -52,9 +57,26 @@ class ModelConfig:
     source: str = ""  # where the weights came from, for people
 
     def __post_init__(self):
-        self.eos_ids = tuple(self.eos_ids)
+        def need(condition, name, what):
+            if not condition:
+                raise InputError(f"the model's description has {name} = {getattr(self, name)!r}: it must be {what}")
+
+        number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < math.inf
+        whole = lambda x: isinstance(x, int) and number(x)
+        for name in ("vocab_size", "dim", "n_layer", "n_head", "n_kv_head", "head_dim", "intermediate_size", "context"):
+            need(whole(getattr(self, name)), name, "a positive whole number")
+        for name in ("rope_theta", "norm_eps"):
+            need(number(getattr(self, name)), name, "a positive number")
+        need(self.head_dim % 2 == 0, "head_dim", "even")
         if self.n_head % self.n_kv_head:
             raise InputError(f"{self.n_head} query heads can't share {self.n_kv_head} key/value heads evenly")
+        if self.rope_scaling is not None:
+            keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            need(isinstance(self.rope_scaling, dict) and all(number(self.rope_scaling.get(k)) for k in keys), "rope_scaling", f"None, or {', '.join(keys)}")
+        token = lambda x: isinstance(x, int) and 0 <= x < self.vocab_size
+        need(self.bos_id is None or token(self.bos_id), "bos_id", "a token id, or None")
+        need(isinstance(self.eos_ids, (list, tuple)) and all(map(token, self.eos_ids)), "eos_ids", "token ids")
+        self.eos_ids = tuple(self.eos_ids)
 
     @classmethod
     def load(cls, path):
@@ -64,7 +86,9 @@ class ModelConfig:
             return cls(**{f.name: values[f.name] for f in fields(cls)})
         except FileNotFoundError:
             raise InputError(f"{path}: not found; scripts/convert_hf_checkpoint.py writes it beside model.pth") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{path}: not a readable model description ({error})") from None
         except KeyError as error:
             raise InputError(f"{path}: field {error} is missing; convert the checkpoint again") from None
@@ -261,13 +285,13 @@ def save_checkpoint(path, state, config: ModelConfig):
             written.unlink(missing_ok=True)
 
 
-def read_state(path):
-    """The tensors of a checkpoint file, mapped rather than read. Raises InputError if it is missing or damaged."""
+def read_state(path, device="cpu"):
+    """What a checkpoint file holds, mapped rather than read on the CPU. Raises InputError if it is missing or damaged."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: not found; scripts/prepare.sh downloads and converts a checkpoint")
     try:
-        return torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+        return torch.load(path, mmap=True, weights_only=True, map_location=device)
     except Exception as error:  # a damaged file surfaces as many kinds of error
         raise InputError(f"{path}: not a readable checkpoint ({(str(error).splitlines() or ['empty file'])[0]})") from None
 
@@ -278,11 +302,26 @@ def check_memory(nbytes, device, what):
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     elif Path("/proc/meminfo").is_file():
-        free = next(int(line.split()[1]) * 1024 for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
+        free = next((int(line.split()[1]) * 1024 for line in open("/proc/meminfo") if line.startswith("MemAvailable")), nbytes)
     else:
         return
     if nbytes > free:
         raise InputError(f"{what} needs {nbytes / 1e9:.2f} GB, but {device} has only {free / 1e9:.2f} GB free")
+
+
+def check_device(device):
+    """Raise InputError unless tensors can be put on the device."""
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # each kind of device has errors of its own
+        raise InputError(f"--device {device}: not available here ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+
+
+def check_writable(option, path):
+    """Raise InputError unless a file can be written at `path`, which is left as it was. For results that come late."""
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InputError(f"{option} {path}: can't be written; name a file in an existing, writable folder")
 
 
 def load_model(path, device="cpu", dtype=torch.float32):
@@ -293,6 +332,8 @@ def load_model(path, device="cpu", dtype=torch.float32):
     """
     path = Path(path)
     state = read_state(path)
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise InputError(f"{path}: holds more than tensors; a checkpoint of scripts/convert_hf_checkpoint.py was expected")
     config = ModelConfig.load(path.with_suffix(".json"))
     check_state(state, config, path)
     copied = [t for t in state.values() if t.dtype != dtype or torch.device(device).type != "cpu"]  # the rest stays mapped

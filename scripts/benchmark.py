@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from generate import CHECKPOINTS, Decoder, Sampling, acceptance, encode, load, peak_memory_gb
-from model import InputError, ModelConfig, Transformer, check_memory, rope_frequencies, run_command
+from model import InputError, ModelConfig, Transformer, check_device, check_memory, check_writable, rope_frequencies, run_command
 
 # vocab_size, dim, n_layer, n_head, n_kv_head, head_dim, intermediate_size, context, tied
 SHAPES = {
@@ -43,6 +43,8 @@ def random_model(shape, first_idle, device, dtype):
     check_memory(sum(w.numel() for w in model.parameters()) * dtype.itemsize, device, f"--shape {shape}")
     model = model.to(dtype).to_empty(device=device).requires_grad_(False)
     model.inv_freq = rope_frequencies(config).to(device)
+    if tied:
+        model.head.weight = model.embed.weight
     for name, weight in model.named_parameters():
         idle = name.startswith("layers.") and int(name.split(".")[1]) >= first_idle and name.endswith(("wo.weight", "w2.weight"))
         torch.nn.init.zeros_(weight) if idle else torch.nn.init.ones_(weight) if weight.dim() == 1 else torch.nn.init.normal_(weight, std=dim ** -0.5)
@@ -128,8 +130,11 @@ def parse_args(argv=None):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=["bfloat16", "float16", "float32"])
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    p.add_argument("--json", metavar="FILE", help="also write the JSON line, which ends the output, to this file")
+    p.add_argument("--json", metavar="FILE", help="write everything measured as one line of JSON; - means the last line of the output")
     args = p.parse_args(argv)
+    check_device(args.device)
+    if args.json and args.json != "-":
+        check_writable("--json", args.json)
     for name in ("num_prompts", "repeats", "prompt_tokens", "max_new_tokens"):
         if getattr(args, name) < (2 if name == "max_new_tokens" else 1):
             raise InputError(f"--{name} {getattr(args, name)}: too few to time anything")
@@ -217,8 +222,9 @@ def main():
     line = json.dumps(dict(settings={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, table=table, memory_gb=memory, pass_seconds=times,
                            read_bandwidth_gb_per_s=bandwidth / 1e9, torch=torch.__version__, python=platform.python_version(),
                            threads=torch.get_num_threads(), machine=platform.machine()))
-    print(line)
-    if args.json:
+    if args.json == "-":
+        print(line)
+    elif args.json:
         Path(args.json).write_text(line + "\n")
 
 

@@ -5,13 +5,14 @@ The folder's own files stay as they are; the two new ones appear beside them, wh
 import argparse
 import json
 import sys
+import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from tqdm import tqdm
 
-from model import InputError, ModelConfig, run_command, save_checkpoint
+from model import InputError, ModelConfig, check_memory, run_command, save_checkpoint
 from tokenizer import Tokenizer
 
 # Ours <- theirs, within a layer; several sources are stacked along the rows.
@@ -37,11 +38,14 @@ def tensor_names(config: ModelConfig):
 
 def read_json(path):
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except FileNotFoundError:
         raise InputError(f"{path}: not found") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return values
 
 
 def read_config(folder):
@@ -53,7 +57,10 @@ def read_config(folder):
     for key, supported in {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}.items():
         if hf.get(key, supported) != supported:
             raise InputError(f"{path}: {key} is {hf[key]!r}; only {supported!r} is supported")
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})  # the new spelling, or the old
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # the new spelling, or the old
+    if not isinstance(rope, dict):
+        raise InputError(f"{path}: RoPE parameters are {rope!r}; a JSON object was expected")
+    rope = dict(rope)
     theta = rope.pop("rope_theta", hf.get("rope_theta") or 10000.0)
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     if kind not in ("default", "llama3"):
@@ -61,22 +68,26 @@ def read_config(folder):
     generation = folder / "generation_config.json"
     special = {**hf, **{k: v for k, v in (read_json(generation) if generation.is_file() else {}).items() if v is not None}}
     tokenizer = Tokenizer.load(folder)
-    if tokenizer.vocab_size > hf.get("vocab_size", 0):
-        raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {hf.get('vocab_size')}: they don't belong together")
-    bos, eos = special.get("bos_token_id", tokenizer.bos_id), special.get("eos_token_id", tokenizer.eos_id)
+    bos, eos = (tokenizer_id if special.get(key) is None else special[key]
+                for key, tokenizer_id in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)))
     try:
         keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        return ModelConfig(
+        config = ModelConfig(
             vocab_size=hf["vocab_size"], dim=hf["hidden_size"], n_layer=hf["num_hidden_layers"],
             n_head=hf["num_attention_heads"], n_kv_head=hf.get("num_key_value_heads") or hf["num_attention_heads"],
             head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
             intermediate_size=hf["intermediate_size"], context=hf["max_position_embeddings"], rope_theta=theta,
-            rope_scaling={k: rope[k] for k in keys} if kind == "llama3" else None,
+            rope_scaling={k: rope.get(k) for k in keys} if kind == "llama3" else None,
             norm_eps=hf["rms_norm_eps"], tied=hf.get("tie_word_embeddings", False), bos_id=bos,
             eos_ids=() if eos is None else eos if isinstance(eos, list) else (eos,),
             source=hf.get("_name_or_path") or folder.resolve().name)
     except KeyError as error:
         raise InputError(f"{path}: field {error} is missing") from None
+    except (InputError, TypeError, ZeroDivisionError) as error:
+        raise InputError(f"{path}: {error}") from None
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}: they don't belong together")
+    return config
 
 
 def weight_files(folder):
@@ -84,7 +95,9 @@ def weight_files(folder):
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
         if index.is_file():
-            weight_map = read_json(index).get("weight_map", {})
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+                raise InputError(f"{index}: has no weight_map from tensors to files")
             return [folder / Path(name).name for name in sorted(set(weight_map.values()))]
         if single.is_file():
             return [single]
@@ -99,9 +112,15 @@ def read_weights(files):
         if not file.is_file():
             raise InputError(f"{file}: not found, though the index lists it; download the checkpoint again")
         try:
-            tensors |= load_file(file) if file.suffix == ".safetensors" else torch.load(file, mmap=True, weights_only=True, map_location="cpu")
+            if file.suffix == ".safetensors":
+                tensors |= load_file(file)
+            else:
+                zipped = zipfile.is_zipfile(file)  # what torch.save writes since PyTorch 1.6; only that can be mapped
+                tensors |= torch.load(file, mmap=zipped, weights_only=True, map_location="cpu")
         except Exception as error:  # each format has errors of its own for a damaged file
             raise InputError(f"{file}: truncated or damaged ({(str(error).splitlines() or ['empty file'])[0]})") from None
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise InputError(f"{files[0]}: holds more than tensors; a plain state dict was expected")
     return tensors
 
 
@@ -110,8 +129,9 @@ def convert(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"--checkpoint_dir {folder}: no such folder")
-    config = read_config(folder)
-    theirs = read_weights(weight_files(folder))
+    config, files = read_config(folder), weight_files(folder)
+    check_memory(2 * sum(file.stat().st_size for file in files if file.is_file()), "cpu", f"converting {folder}")
+    theirs = read_weights(files)
     state = {}
     for ours, sources in tqdm(tensor_names(config).items(), desc="converting", unit="tensor", disable=None):
         missing = [name for name in sources if name not in theirs]

@@ -30,7 +30,7 @@ def download(repo, token=None):
                          "(`hf auth login`, or --hf_token TOKEN)") from None
     except EntryNotFoundError as error:
         raise InputError(f"{repo}: {str(error).splitlines()[0]}") from None
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, RuntimeError) as error:  # hf_xet, which huggingface_hub downloads with, raises the last
         if getattr(getattr(error, "response", None), "status_code", None) == 401:
             raise InputError(f"{repo}: the hub refused the token; log in again with `hf auth login`") from None
         raise InputError(f"{repo}: download failed ({(str(error).splitlines() or [type(error).__name__])[0]}); run the command again to resume") from None

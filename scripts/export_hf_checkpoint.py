@@ -46,7 +46,8 @@ def export(path, out):
             if (path.parent / name).is_file():
                 shutil.copy(path.parent / name, partial / name)
         partial.chmod(0o755)
-        shutil.copytree(partial, out)
+        partial.rename(out)
+        partial.mkdir()  # for the clean-up
     return out
 
 

@@ -4,8 +4,8 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 [ $# -eq 1 ] || { echo "usage: $0 REPO (such as facebook/layerskip-llama2-7B, or a local folder)" >&2; exit 2; }
-python=python
-[ -x "$here/../.venv/bin/python" ] && [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && python=$here/../.venv/bin/python
+python=${PYTHON:-python}
+[ -z "${PYTHON:-}" ] && [ -x "$here/../.venv/bin/python" ] && [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && python=$here/../.venv/bin/python
 folder=$1
 if [ ! -d "$folder" ]; then
     "$python" "$here/download.py" "$1"

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from model import InputError, ModelConfig, Transformer, load_model, run_command, save_checkpoint
+from model import InputError, ModelConfig, Transformer, check_device, load_model, read_state, run_command, save_checkpoint
 from tokenizer import Tokenizer
 
 
@@ -143,7 +143,7 @@ def train_tokenizer(texts, vocab_size, folder):
             sentence_iterator=lines, model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=vocab_size,
             byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
             add_dummy_prefix=False, allow_whitespace_only_pieces=True, split_digits=True, user_defined_symbols=["\n"],
-            input_sentence_size=400_000, shuffle_input_sentence=True, minloglevel=2)
+            max_sentence_length=1 << 16, minloglevel=2)
     except RuntimeError as error:
         raise InputError(f"--vocab_size {vocab_size}: sentencepiece can't train it on this text ({str(error).splitlines()[-1]})") from None
     (folder / "tokenizer.vocab").unlink()
@@ -266,18 +266,32 @@ FREE_TO_CHANGE = {"resume", "save_every", "eval_every", "eval_tokens", "exit_lay
                   "steps", "rotation", "exit_scale", "exit_power"}
 
 
+def check_args(args):
+    """Raise InputError for the first setting that can't be trained with."""
+    for names, low, high in ((("steps", "batch_size", "context", "n_layer", "n_head", "intermediate_size", "rotation", "vocab_size"), 1, math.inf),
+                             (("warmup", "save_every", "eval_every", "weight_decay", "exit_scale"), 0, math.inf), (("seed",), 0, 2**40),
+                             (("max_dropout",), 0, 1), (("val_fraction",), 1e-4, 0.9), (("lr", "grad_clip"), 1e-12, math.inf), (("eval_tokens",), 1, math.inf)):
+        for name in names:
+            if not low <= getattr(args, name) <= high:  # false for NaN too
+                raise InputError(f"--{name} {getattr(args, name)}: must be {low} to {high}")
+    if args.dim < 1 or args.dim % (2 * args.n_head):
+        raise InputError(f"--dim {args.dim}: must be an even multiple of --n_head {args.n_head}")
+    if args.n_kv_head is not None and (args.n_kv_head < 1 or args.n_head % args.n_kv_head):
+        raise InputError(f"--n_kv_head {args.n_kv_head}: must divide --n_head {args.n_head}")
+    if args.tokenizer:
+        Tokenizer.load(args.tokenizer)
+    check_device(args.device)
+
+
 def train(args):
     """Run the training that `parse_args` describes; returns the list of losses J of the steps that this call ran."""
-    for name in ("steps", "batch_size", "context", "n_layer", "rotation"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: must be 1 or more")
-    if args.dim % (2 * args.n_head):
-        raise InputError(f"--dim {args.dim}: must be an even multiple of --n_head {args.n_head}")
+    check_args(args)
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     device = torch.device(args.device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if world > 1 or device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -288,6 +302,8 @@ def train(args):
         raise InputError(f"--resume: {state_path} not found; start the run without --resume")
     if not args.resume and state_path.is_file():
         raise InputError(f"{args.out}: holds an unfinished run; pass --resume to go on with it, or delete {state_path}")
+    if not args.resume and (args.out / "model.pth").is_file():
+        raise InputError(f"--out {args.out}: holds a finished checkpoint; name another folder")
 
     documents = read_documents(args.data, args.include, args.exclude)
     held_out = [d for d in documents if is_held_out(d[0], args.val_fraction)]
@@ -319,7 +335,7 @@ def train(args):
             n_kv_head=args.n_kv_head or args.n_head, head_dim=args.dim // args.n_head,
             intermediate_size=args.intermediate_size, context=args.context, tied=not args.untied,
             bos_id=tokenizer.bos_id, eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
-            source="trained by scripts/train.py")
+            source="")
         model = Transformer(config)
         for name, weight in model.named_parameters():  # GPT-2's: what writes into the residual stream starts smaller
             if weight.dim() == 2:
@@ -346,7 +362,9 @@ def train(args):
     settings["training tokens"] = str(len(ids))
     first_step, history = 0, []
     if args.resume:
-        state = torch.load(state_path, map_location=device, weights_only=True)
+        state = read_state(state_path, device)
+        if not {"settings", "model", "optimizers", "step"} <= state.keys():
+            raise InputError(f"--resume: {state_path} is not the state of a training run")
         changed = [k for k in settings if settings[k] != state["settings"].get(k)]
         if changed:
             raise InputError(f"--resume: {changed[0]} was {state['settings'].get(changed[0])} in {state_path}, now {settings[changed[0]]}")
@@ -362,7 +380,9 @@ def train(args):
     if world > 1:
         objective = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=True)
     amp = torch.autocast(device.type, torch.bfloat16) if args.precision == "bfloat16" else nullcontext()
-    shown = args.exit_layer or max(1, config.n_layer // 4)
+    shown = max(1, config.n_layer // 4) if args.exit_layer is None else args.exit_layer
+    if not 1 <= shown <= config.n_layer:
+        raise InputError(f"--exit_layer {shown}: the model has {config.n_layer} layers")
     share = args.batch_size // world
 
     def save_state(step):
@@ -427,8 +447,8 @@ def train(args):
         bar.close()
         for number, handler in previous.items():
             signal.signal(number, handler)
+    save_state(step)  # also at the end: whatever happens during the last validation, nothing is lost
     if step < args.steps:
-        save_state(step)
         sys.exit(f"stopped after step {step}; --resume goes on from there")
 
     if rank == 0:
@@ -439,7 +459,7 @@ def train(args):
                   "tokens_seen": step * args.batch_size * args.context, "training_tokens": len(ids)}
         log.write(json.dumps(record) + "\n")
         log.close()
-        config.source = f"trained by scripts/train.py: {record['tokens_seen']} tokens"
+        config.source = f"{config.source + ', ' if config.source else ''}trained by scripts/train.py on {record['tokens_seen']} tokens"
         dtype = getattr(torch, args.save_precision)
         state = {k: v.to("cpu", dtype) for k, v in model.state_dict().items() if not (config.tied and k == "head.weight")}
         save_checkpoint(args.out / "model.pth", state, config)

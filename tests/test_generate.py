@@ -10,7 +10,7 @@ from conftest import FAMILY, ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
-from generate import Decoder, Sampling, Stats, Text, accept, acceptance, draw, encode
+from generate import Decoder, DraftDisplay, Sampling, Stats, Text, accept, acceptance, draw, encode
 from model import InputError, ModelConfig, Transformer, load_model
 from tokenizer import Tokenizer
 
@@ -43,7 +43,7 @@ def test_greedy_text_equals_transformers(shape, hf_folder, checkpoint):
     prompt = torch.tensor([PROMPT])
     expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=50, do_sample=False, pad_token_id=0)[0, len(PROMPT):].tolist()
     model = load_model(checkpoint(shape))
-    for how in ({}, dict(exit_layer=2, k=3)):
+    for how in ({}, dict(exit_layer=2, k=3), dict(exit_layer=1, k=15)):
         assert run(model, 50, eos=model.config.eos_ids, **how)[0] == expected
 
 
@@ -79,6 +79,12 @@ def test_a_draft_equal_to_its_target_accepts_everything(sampling, k):
 
 def test_compiled_equals_eager():
     model = tiny_model()
+    long, _ = run(model, 90)
+    eos = next(t for i, t in enumerate(long) if i > 20 and t not in long[:i])
+    decoders = [Decoder(model, compile=True, exit_layer=e, k=k) for e, k in ((1, 5), (3, 2))]
+    for decoder in decoders:  # EOS within a draft, the context's end, and a limit within a round
+        assert list(decoder.generate(PROMPT, 90, (eos,))) == long[:long.index(eos) + 1]
+        assert list(decoder.generate(PROMPT, 999)) == run(model, 999)[0] and list(decoder.generate(PROMPT, 17)) == long[:17]
     for how in (dict(), dict(exit_layer=2, k=3), dict(draft_model=tiny_model(n_layer=2), k=2), dict(exit_layer=1, k=2, sampling=Sampling(0.9, 20, 0.9), seed=3)):
         torch._dynamo.reset()
         eager, stats = run(model, 30, **how)
@@ -94,12 +100,13 @@ def test_max_new_tokens_may_cut_a_round(n):
     assert sum((i + 1) * c for i, c in enumerate(stats.accept_counts)) >= n - 1  # counts are of whole rounds
 
 
-def test_stops_after_eos_wherever_it_falls_in_a_round():
+@pytest.mark.parametrize("how", [dict(), dict(exit_layer=2, k=5), dict(draft_model=tiny_model(), k=5)])
+def test_stops_after_eos_wherever_it_falls_in_a_round(how):
     model = tiny_model()
     plain, _ = run(model, 60)
+    unused = next(t for t in range(64) if t not in plain)
     for end in sorted({plain.index(t) for t in plain}):
-        assert run(model, 60, eos=(63 - plain[end] or 63, plain[end]), exit_layer=2, k=5)[0] == run(model, 60, eos=(63 - plain[end] or 63, plain[end]))[0]
-        assert run(model, 60, eos=(plain[end],), exit_layer=2, k=5)[0] == plain[:end + 1]
+        assert run(model, 60, eos=(unused, plain[end]), **how)[0] == plain[:end + 1]
 
 
 @pytest.mark.parametrize("how", [dict(), dict(exit_layer=2, k=5), dict(draft_model=tiny_model(1), k=5)])
@@ -137,19 +144,33 @@ class NoQuestions(TorchDispatchMode):
     """Fails when an operation would make the host wait for a value on the device."""
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        assert op.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal), op
+        masks = op.overloadpacket is torch.ops.aten.index and any(i is not None and i.dtype == torch.bool for i in args[1])
+        assert not masks and op.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal), op
         return op(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def no_questions(monkeypatch):
+    """A context in which no value may be read back: by an operation, or by the methods that are none."""
+    def refuse(*args, **kwargs):
+        raise AssertionError("a value was read back")
+    for method in ("tolist", "numpy", "cpu"):
+        monkeypatch.setattr(torch.Tensor, method, refuse)
+    return lambda: NoQuestions()
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 10, 0.9)])
 @pytest.mark.parametrize("how", [dict(), dict(exit_layer=2, k=3), dict(draft_model=tiny_model(1), k=3)])
-def test_a_round_never_asks_the_device(how, sampling):
+def test_a_round_never_asks_the_device(how, sampling, no_questions):
     decoder = Decoder(tiny_model(), sampling=sampling, **how)
-    next(decoder.generate(PROMPT, 9))
-    with torch.inference_mode(), NoQuestions():
+    decoder.model(torch.tensor([PROMPT]))
+    decoder.pos.fill_(len(PROMPT))
+    with torch.no_grad(), no_questions():
         decoder.round()
-    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoQuestions():
-        decoder.pos.item()
+        x = torch.ones(3)
+        for question in (x[0].item, x.tolist, lambda: bool(x[0] > 0), lambda: x[x > 0], x.nonzero, x.cpu):
+            with pytest.raises(AssertionError):
+                question()
 
 
 def test_nothing_recompiles_over_two_hundred_rounds():
@@ -295,6 +316,18 @@ def test_text_streams_whole_characters_and_stops_before_a_stop_string():
     assert [text.push(b) for b in b"xEN"] == ["x", "", ""] and text.flush() == "EN"
 
 
+def test_drafts_are_dimmed_and_overwritten(capsys, monkeypatch):
+    monkeypatch.setattr(generate.shutil, "get_terminal_size", lambda: os.terminal_size((10, 24)))
+    display = DraftDisplay(Letters(), colour=True)
+    display.text("abcdef")
+    display.draft(b"g\nhijk")  # cut at the line's end, so that it can be taken back
+    display.text("gh\nxy")
+    display.draft(b"z")
+    display.text("")
+    assert capsys.readouterr().out == "abcdef\033[2mg⏎h\033[0m\033[3D\033[Kgh\nxy\033[2mz\033[0m\033[1D\033[K"
+    assert display.column == 2
+
+
 def cli(*args, cwd=ROOT, env=None):
     return subprocess.run([sys.executable, str(ROOT / "generate.py"), *map(str, args)], capture_output=True, text=True, cwd=cwd, env={**os.environ, **(env or {})})
 
@@ -326,6 +359,14 @@ def test_command_line_greedy_equals_the_api(checkpoint, tmp_path):
         assert json.loads(out.read_text())["samples"][0]["tokens"] == expected
 
 
+def test_stop_strings_end_a_sample(checkpoint):
+    common = ("--checkpoint_path", checkpoint("llama2"), "--num_samples", 1, "--max_new_tokens", 30, "--temperature", 0, "--precision", "float16", "--json", "-")
+    whole = json.loads(cli(*common).stdout.splitlines()[-1])["samples"][0]
+    stop = whole["text"][8:11]
+    sample = json.loads(cli(*common, "--stop", stop, "--self_speculative").stdout.splitlines()[-1])["samples"][0]
+    assert sample["text"] == whole["text"][:whole["text"].index(stop)] and sample["tokens"] == whole["tokens"][:len(sample["tokens"])]
+
+
 def test_interactive_goes_on_after_a_bad_prompt(checkpoint):
     path = checkpoint("llama2")
     result = subprocess.run([sys.executable, str(ROOT / "generate.py"), "--checkpoint_path", str(path), "--interactive", "--self_speculative", "--max_new_tokens", "8"],
@@ -349,6 +390,11 @@ BAD = {
     "two drafters": (["--self_speculative", "--draft_checkpoint_path", "SELF"], "exclude each other"),
     "other tokenizer": (["--draft_checkpoint_path", "OTHER"], "tokens"),
     "two checkpoints": (["--model", "a/b"], "both name a checkpoint"),
+    "unwritable json": (["--json", "/nowhere/report.json"], "--json /nowhere/report.json"),
+    "profile is a folder": (["--profile", "/tmp"], "--profile /tmp"),
+    "empty stop": (["--stop", ""], "--stop"),
+    "k 16": (["--self_speculative", "--early_exit", "2", "--speculate_k", "16"], "--speculate_k 16: must be 1 to 15"),
+    "not Unicode": (["--prompt", "\udcff"], "not valid UTF-8"),
     "contradiction": (["--self_speculative", "--generation_strategy", "autoregressive"], "contradict"),
 }
 

@@ -27,39 +27,49 @@ def test_logits_equal_transformers(shape, hf_folder, checkpoint, tokens):
     """At every position: without caches, by prefill, and step by step; every exit; any split of the layers."""
     _, theirs = hf_folder(shape)
     model, n = load_model(checkpoint(shape)), tokens.shape[1]
+
+    def empty_caches():
+        model.setup_caches(n + 7)
+        for layer in model.layers:
+            layer.attention.k_cache.fill_(torch.nan), layer.attention.v_cache.fill_(torch.nan)
     with torch.no_grad():
         out = theirs(tokens, output_hidden_states=True)
         exits = [theirs.lm_head(theirs.model.norm(h)) for h in out.hidden_states[1:-1]] + [out.logits]
         assert out.logits.abs().max() > 1  # weights large enough for the comparison to mean something
         pos = torch.arange(n)
         assert_close(model.logits(model(tokens)), out.logits)
-        model.setup_caches(n + 7)
+        empty_caches()
+        for layer in model.layers:
+            layer.attention.v_cache.zero_()  # PyTorch's attention multiplies masked rows by zero, and zero times NaN is NaN
+            layer.attention.k_cache.zero_()
         assert_close(model.logits(model(tokens, pos)), out.logits)
-        model.setup_caches(n)
+        empty_caches()
         for i in range(n):
             x = tokens[:, i:i + 1]
             for layer in range(model.config.n_layer):
                 x = model(x, pos[i:i + 1], layer, layer + 1)
                 assert_close(model.logits(x)[0, 0], exits[layer][0, i])
-        model.setup_caches(n)
+        empty_caches()
+        for layer in model.layers:
+            layer.attention.v_cache.zero_(), layer.attention.k_cache.zero_()
         x = model(model(tokens[:, :60], None, 0, 3), None, 3)  # fills the caches that the rest attends to
         assert_close(model.logits(x), out.logits[:, :60])
         x = model(model(tokens[:, 60:], pos[60:], 0, 1), pos[60:], 1)
         assert_close(model.logits(x), out.logits[:, 60:])
 
 
-def test_rows_beyond_the_position_are_hidden(checkpoint, tokens):
+@pytest.mark.parametrize("rows", [1, 5, 30])  # the C++ kernels, and PyTorch's
+def test_rows_beyond_the_position_are_hidden(rows, checkpoint, tokens):
     """Whatever a rejected draft left in the cache changes nothing once the position has moved back."""
     model, pos = load_model(checkpoint("llama3")), torch.arange(100)
     with torch.no_grad():
         model.setup_caches(100)
-        expected = model(tokens, pos)
-        model.setup_caches(100)
-        model(tokens[:, :50], pos[:50])
+        expected = model(tokens)
+        model(tokens[:, :50])
         for layer in model.layers:
             layer.attention.k_cache[:, :, 50:] = 1e4
             layer.attention.v_cache[:, :, 50:] = 1e4
-        assert_close(model(tokens[:, 50:], pos[50:]), expected[:, 50:])
+        assert_close(model(tokens[:, 50:50 + rows], pos[50:50 + rows]), expected[:, 50:50 + rows])
 
 
 LAYOUTS = {
@@ -133,8 +143,19 @@ def test_export_goes_back(shape, hf_folder, checkpoint, tmp_path, tokens):
         torch.testing.assert_close(back(tokens).logits, theirs(tokens).logits, atol=0, rtol=0)
     assert back.generation_config.eos_token_id in (theirs.config.eos_token_id, [theirs.config.eos_token_id])
     assert (tmp_path / "hf" / "tokenizer.model").is_file()
+    prompt = tokens[:, :8]
+    how = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert torch.equal(back.generate(prompt, assistant_early_exit=2, **how), theirs.generate(prompt, **how))
     with pytest.raises(InputError, match="exists already"):
         export(checkpoint(shape), tmp_path / "hf")
+
+
+def test_an_eos_of_null_falls_back_to_the_tokenizers(hf_folder, tmp_path):
+    shutil.copytree(hf_folder("llama2")[0], tmp_path / "copy")
+    (tmp_path / "copy" / "generation_config.json").unlink()
+    values = json.loads((tmp_path / "copy" / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps({**values, "eos_token_id": None}))
+    assert ModelConfig.load(convert(tmp_path / "copy").with_suffix(".json")).eos_ids == (2,)
 
 
 def damage(folder, case):
@@ -153,6 +174,19 @@ def damage(folder, case):
         case "field":
             edit_json(config, hidden_size=None)
             return "hidden_size"
+        case "text for a number":
+            edit_json(config, num_hidden_layers="4")
+            return "n_layer = '4'"
+        case "no objects":
+            config.write_text("[]")
+            return "config.json: not a JSON object"
+        case "odd head":
+            edit_json(config, head_dim=15)
+            return "head_dim = 15"
+        case "eos":
+            edit_json(config, eos_token_id=99999)
+            (folder / "generation_config.json").unlink()
+            return "eos_ids"
         case "heads":
             edit_json(config, num_key_value_heads=3)
             return "3 key/value heads"
@@ -194,7 +228,7 @@ def damage(folder, case):
             return "don't belong together"
 
 
-CASES = ["architecture", "bias", "rope", "field", "heads", "shape", "layers", "json", "no config", "no weights", "truncated",
+CASES = ["text for a number", "no objects", "odd head", "eos", "architecture", "bias", "rope", "field", "heads", "shape", "layers", "json", "no config", "no weights", "truncated",
          "truncated bin", "shard", "no tokenizer", "bad tokenizer", "other tokenizer"]
 
 
@@ -228,9 +262,10 @@ def test_bad_checkpoints(case, checkpoint, tmp_path):
 
 
 def test_too_little_memory_is_said_before_it_is_taken(checkpoint, monkeypatch, tmp_path):
+    path = checkpoint("llama2")
     with pytest.raises(InputError, match=r"a KV cache of 1000000000000 positions needs .* GB, but cpu has only"):
-        load_model(checkpoint("llama2")).setup_caches(10**12)
+        load_model(path).setup_caches(10**12)
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 8 kB\n")
     monkeypatch.setattr("builtins.open", lambda *a, real=open: real(tmp_path / "meminfo") if a[0] == "/proc/meminfo" else real(*a))
     with pytest.raises(InputError, match=r"model.pth in bfloat16 needs .* GB, but cpu has only 0.00 GB free"):
-        load_model(checkpoint("llama2"), dtype=torch.bfloat16)
+        load_model(path, dtype=torch.bfloat16)
