@@ -1,10 +1,9 @@
-"""The two operations that decoding consists of, for few rows at a time: a product that streams each weight once, and
-attention over the valid part of the cache.
+"""The operations that decoding consists of, for few rows at a time: a product that streams each weight once, attention over
+the valid part of the cache, the norm and the gate.
 
-On the CPU both are a small C++ library, built with g++ at first use and cached. Every output row is computed by the same
-sequence of operations however many rows go with it, so products and attention are the same bit for bit in drafting,
-verifying and plain decoding. Where the library can't be built, and on other devices, plain PyTorch does the same work,
-slower and without that promise.
+On the CPU they are a small C++ library, built with g++ at first use and cached. Every output row is computed by the same
+sequence of operations however many rows go with it, so drafting, verifying and plain decoding agree bit for bit. Where the
+library can't be built, and on other devices, plain PyTorch does the same work, slower and without that promise.
 """
 import hashlib
 import os
@@ -190,13 +189,72 @@ at::Tensor attend(const at::Tensor& q_, const at::Tensor& k, const at::Tensor& v
   return y;
 }
 
+// x (..., D), w (D) -> (..., D): x / sqrt(mean(x^2) + eps) * w.
+at::Tensor norm(const at::Tensor& x_, const at::Tensor& w, double eps) {
+  at::Tensor x = x_.contiguous(), y = at::empty_like(x);
+  TORCH_CHECK(w.is_contiguous() && x.size(-1) == w.size(0) && x.scalar_type() == w.scalar_type());
+  int64_t D = w.size(0), M = x.numel() / D;
+  auto run = [&](auto type) {
+    using T = decltype(type);
+    const T* W_ = w.const_data_ptr<T>();
+    for (int64_t m = 0; m < M; m++) {
+      const T* X = x.const_data_ptr<T>() + m * D;
+      T* Y = y.mutable_data_ptr<T>() + m * D;
+      vec squares = {};
+      int64_t i = 0;
+      for (; i + W <= D; i += W) squares += load(X + i) * load(X + i);
+      float s = sum(squares);
+      for (; i < D; i++) s = std::fma((float)X[i], (float)X[i], s);
+      float scale = 1 / std::sqrt(s / D + (float)eps);
+      for (i = 0; i < D; i++) Y[i] = (T)((float)(T)((float)X[i] * scale) * (float)W_[i]);
+    }
+  };
+  if (x.scalar_type() == at::kFloat) run(float());
+  else run(at::BFloat16());
+  return y;
+}
+
+// x (..., 2F), gate and up beside each other -> silu(gate) * up (..., F).
+at::Tensor swiglu(const at::Tensor& x_) {
+  at::Tensor x = x_.contiguous();
+  auto shape = x.sizes().vec();
+  int64_t F = shape.back() / 2, M = x.numel() / (2 * F), B = 1024, blocks = (F + B - 1) / B;
+  shape.back() = F;
+  at::Tensor y = at::empty(shape, x.options());
+  auto run = [&](auto type) {
+    using T = decltype(type);
+    const T* X = x.const_data_ptr<T>();
+    T* Y = y.mutable_data_ptr<T>();
+    at::parallel_for(0, M * blocks, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; b++) {
+        int64_t m = b / blocks, stop = std::min(F, (b % blocks + 1) * B);
+        for (int64_t i = b % blocks * B; i < stop; i += W) {
+          int64_t n = std::min<int64_t>(W, stop - i);
+          float gate[W] = {}, up[W] = {};  // the last few go through the same vector operations
+          for (int64_t j = 0; j < n; j++) gate[j] = X[2 * m * F + i + j], up[j] = X[(2 * m + 1) * F + i + j];
+          vec g = load(gate), e = exponential(g < 0.0f ? g : -g);
+          vec out = g * (g < 0.0f ? e : vec{} + 1.0f) / (1.0f + e) * load(up);
+          for (int64_t j = 0; j < n; j++) Y[m * F + i + j] = (T)out[j];
+        }
+      }
+    });
+  };
+  if (x.scalar_type() == at::kFloat) run(float());
+  else run(at::BFloat16());
+  return y;
+}
+
 TORCH_LIBRARY(layerskip, m) {
   m.def("linear(Tensor x, Tensor w) -> Tensor");
   m.def("attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor pos) -> Tensor");
+  m.def("norm(Tensor x, Tensor w, float eps) -> Tensor");
+  m.def("swiglu(Tensor x) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(layerskip, CPU, m) {
   m.impl("linear", linear);
   m.impl("attend", attend);
+  m.impl("norm", norm);
+  m.impl("swiglu", swiglu);
 }
 """
 
@@ -239,6 +297,8 @@ def prepare():
             torch.ops.load_library(build())
             torch.library.register_fake("layerskip::linear", lambda x, w: x.new_empty(*x.shape[:-1], w.shape[0]))
             torch.library.register_fake("layerskip::attend", lambda q, k_cache, v_cache, pos: torch.empty_like(q))
+            torch.library.register_fake("layerskip::norm", lambda x, w, eps: torch.empty_like(x))
+            torch.library.register_fake("layerskip::swiglu", lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
             _ready = True
         except (OSError, subprocess.CalledProcessError) as error:
             lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
@@ -267,3 +327,20 @@ def attend(q, k_cache, v_cache, pos):
     mask = torch.arange(k_cache.shape[2], device=pos.device) <= pos[:, None]  # (T, S)
     y = F.scaled_dot_product_attention(q.transpose(1, 2), k_cache, v_cache, attn_mask=mask, enable_gqa=q.shape[2] > k_cache.shape[1])
     return y.transpose(1, 2)
+
+
+def norm(x, w, eps):
+    """Root-mean-square norm (1910.07467) of x (..., D), computed in float32 whatever the dtype, times w (D,)."""
+    if fits(x, x.numel() // x.shape[-1]):
+        return torch.ops.layerskip.norm(x, w, eps)
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    return y.to(x.dtype) * w
+
+
+def swiglu(x):
+    """silu(gate) * up (2002.05202) for x (..., 2F), which holds gate and up: (..., F)."""
+    if fits(x, x.numel() // x.shape[-1]):
+        return torch.ops.layerskip.swiglu(x)
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the environment, then decodes the demo checkpoint plainly and with self-speculation, compiled, and compares them.
+# Makes the environment, lets the demo checkpoint continue a class, then compares plain and self-speculative decoding.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt
-python generate.py --num_samples 1 --temperature 0 --self_speculative "$@"
-python scripts/benchmark.py
+python generate.py --num_samples 1 --temperature 0 --self_speculative --early_exit 1 --speculate_k 3
+python scripts/benchmark.py --early_exit 1 --speculate_k 3

@@ -5,7 +5,8 @@ cd "$root"
 stamp=.venv/installed-$(cat "$@" | cksum | cut -d' ' -f1)
 if [ ! -f "$stamp" ]; then
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed")'
-    [ -x .venv/bin/python ] || python3 -m venv .venv
+    echo "making the environment in .venv (PyTorch is large: this can take minutes)" >&2
+    [ -x .venv/bin/python ] || python3 -m venv .venv || { rm -rf .venv; exit 1; }
     .venv/bin/python -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "$@")
     touch "$stamp"
 fi

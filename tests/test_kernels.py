@@ -51,6 +51,28 @@ def test_attend(t, last, heads, kv_heads, c, dtype):
         assert torch.equal(torch.ops.layerskip.attend(q[:, i:i + 1], k, v, pos[i:i + 1])[:, 0], y[:, i])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 7, 48, 1030, 11008])
+@pytest.mark.parametrize("m", [1, 2, 5, 16])
+def test_norm_and_swiglu(m, n, dtype):
+    g = torch.Generator().manual_seed(m + n)
+    x, w = (torch.randn(1, m, 2 * n, generator=g) * 4).to(dtype), torch.randn(2 * n, generator=g).to(dtype)
+    bound = dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else dict(rtol=2e-2, atol=1e-2)
+    y, d = torch.ops.layerskip.norm(x, w, 1e-5), x.double()
+    torch.testing.assert_close(y.double(), d / (d.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w.double(), **bound)
+    z, (gate, up) = torch.ops.layerskip.swiglu(x), d.chunk(2, -1)
+    torch.testing.assert_close(z.double(), gate / (1 + (-gate).exp()) * up, **bound)
+    for i in range(m):
+        assert torch.equal(torch.ops.layerskip.norm(x[:, i:i + 1], w, 1e-5)[:, 0], y[:, i])
+        assert torch.equal(torch.ops.layerskip.swiglu(x[:, i:i + 1])[:, 0], z[:, i])
+
+
+def test_swiglu_of_extreme_gates():
+    x = torch.tensor([[-1e4, -200.0, -90.0, -0.0, 0.0, 90.0, 200.0, 1e4] + [1.0] * 8])
+    y = torch.ops.layerskip.swiglu(x)
+    torch.testing.assert_close(y, torch.tensor([[0.0, 0, 0, 0, 0, 90, 200, 1e4]]), atol=1e-30, rtol=1e-6)
+
+
 def test_the_whole_model_keeps_rows_apart():
     """A pass over K + 1 rows gives each row bit for bit what a pass over that row alone gives."""
     from test_generate import tiny_model
