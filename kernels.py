@@ -42,10 +42,17 @@ static inline vec load(const float* p) { return *(const vec*)p; }
 static inline vec load(const c10::BFloat16* p) {
   return (vec)(__builtin_convertvector(*(const half_vec*)p, ivec) << 16);  // bfloat16 is the upper half of a float
 }
+// Halves are added until one number is left: five short steps, where adding the elements in turn would wait for W.
+typedef float vec8 __attribute__((vector_size(32), may_alias));
+typedef float vec4 __attribute__((vector_size(16), may_alias));
 static inline float sum(vec v) {
-  float s = 0;
-  for (int i = 0; i < W; i++) s += v[i];
-  return s;
+#ifdef __AVX512F__
+  vec8 a = ((vec8*)&v)[0] + ((vec8*)&v)[1];
+#else
+  vec8 a = v;
+#endif
+  vec4 b = ((vec4*)&a)[0] + ((vec4*)&a)[1];
+  return (b[0] + b[2]) + (b[1] + b[3]);
 }
 
 // y[m, n] = sum over k of x[m, k] w[n, k], for R weight rows and M input rows at a time. Each (m, n) has one accumulator
@@ -72,7 +79,11 @@ static void block(const float* x, const T* w, T* y, int64_t N, int64_t K) {
 
 template <int M, typename T>
 static void rows(const float* x, const T* w, T* y, int64_t N, int64_t K) {
-  constexpr int R = M == 1 ? 8 : M <= (W == 16 ? 5 : 3) ? 4 : M <= 7 || W == 16 ? 2 : 1;  // R * M accumulators fit the registers
+#ifdef __AVX512F__  // R * M accumulators, as the registers allow; measured
+  constexpr int R = M <= 3 ? 8 : M == 4 ? 6 : M == 5 ? 5 : 3;
+#else
+  constexpr int R = M == 1 ? 8 : M <= 3 ? 4 : M <= 7 ? 2 : 1;
+#endif
   at::parallel_for(0, (N + R - 1) / R, 1 + 32768 / (K * R), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin * R; n < std::min(end * R, N); n += R)
       if (n + R <= N) block<R, M>(x, w + n * K, y + n, N, K);
