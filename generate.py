@@ -489,6 +489,10 @@ def main(argv=None):
     decoder = make_decoder(args, model, draft_model, INTERACTIVE_ROWS if args.interactive else len(prompt) + args.max_new_tokens)
     print(f"{path}: {sum(w.numel() for w in model.parameters()) / 1e6:.1f}M parameters, {model.config.n_layer} layers, {str(model.embed.weight.dtype)[6:]} on {args.device}")
 
+    room = decoder.rows - len(prompt) + 1
+    if 0 < room < args.max_new_tokens and not args.interactive:
+        print(f"note: the context of {decoder.context} positions leaves room for {room} new tokens")
+
     compile_seconds = 0.0
     if args.compile or args.compile_prefill:
         began = time.perf_counter()

@@ -359,6 +359,12 @@ def test_command_line_greedy_equals_the_api(checkpoint, tmp_path):
         assert json.loads(out.read_text())["samples"][0]["tokens"] == expected
 
 
+def test_says_when_the_context_is_shorter_than_asked_for(checkpoint):
+    common = ("--checkpoint_path", checkpoint("llama2"), "--prompt", "def f1", "--num_samples", 1)
+    assert "note: the context of 128 positions leaves room for" in cli(*common, "--max_new_tokens", 200).stdout
+    assert "note:" not in cli(*common, "--max_new_tokens", 20).stdout
+
+
 def test_stop_strings_end_a_sample(checkpoint):
     common = ("--checkpoint_path", checkpoint("llama2"), "--num_samples", 1, "--max_new_tokens", 30, "--temperature", 0, "--precision", "float16", "--json", "-")
     whole = json.loads(cli(*common).stdout.splitlines()[-1])["samples"][0]
