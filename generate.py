@@ -204,7 +204,7 @@ class Decoder:
     def round(self, on_draft=None):
         """Draft K tokens and verify them, without asking the device for anything. Returns (K+2,) as `_verify` does."""
         K, u = self.K, self.uniform(2 * self.K + 1)
-        tokens, hidden, probs = [self.token.clone()], [], []
+        tokens, hidden, probs = [self.token], [], []
         for i in range(K):
             h, token, p = self.propose(tokens[-1], self.pos + i, None if u is None else u[i:i + 1])
             tokens.append(token), hidden.append(h), probs.append(p)
@@ -427,7 +427,7 @@ def parse_args(argv=None):
 def make_decoder(args, model, draft_model, rows):
     exit_layer = None
     if args.self_speculative:
-        exit_layer = max(1, model.config.n_layer // 4) if args.early_exit is None else args.early_exit
+        exit_layer = model.config.default_exit if args.early_exit is None else args.early_exit
     return Decoder(
         model, exit_layer=exit_layer, draft_model=draft_model, k=args.speculate_k, rows=rows, compile=args.compile,
         sampling=Sampling(args.temperature, args.top_k, args.top_p), compile_prefill=args.compile_prefill, seed=args.seed)

@@ -282,7 +282,7 @@ def build():
         flags.append("--param=avoid-fma-max-bits=0")  # GCC breaks up some chains of FMA on AMD: rows would round differently
     cpuinfo = Path("/proc/cpuinfo")
     native = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "") if cpuinfo.is_file() else ""
-    key = hashlib.sha256(repr((SOURCE, flags, version, torch.__version__, platform.platform(), native)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((SOURCE, compiler, flags, version, torch.__version__, platform.platform(), native)).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerskip-fast"
     library = folder / f"kernels-{key}.so"
     if not library.is_file():

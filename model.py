@@ -17,6 +17,9 @@ from torch import Tensor, nn
 import kernels
 
 
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # Llama 3's numbers
+
+
 class InputError(ValueError):
     """Something the user gave is wrong; the message is the one line to show them."""
 
@@ -49,7 +52,7 @@ class ModelConfig:
     intermediate_size: int
     context: int  # positions the model was trained for
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # None, or Llama 3's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    rope_scaling: dict | None = None  # None, or the numbers of ROPE_SCALING
     norm_eps: float = 1e-5
     tied: bool = False  # the output head is the embedding
     bos_id: int | None = None
@@ -71,8 +74,7 @@ class ModelConfig:
         if self.n_head % self.n_kv_head:
             raise InputError(f"{self.n_head} query heads can't share {self.n_kv_head} key/value heads evenly")
         if self.rope_scaling is not None:
-            keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-            need(isinstance(self.rope_scaling, dict) and all(number(self.rope_scaling.get(k)) for k in keys), "rope_scaling", f"None, or {', '.join(keys)}")
+            need(isinstance(self.rope_scaling, dict) and all(number(self.rope_scaling.get(k)) for k in ROPE_SCALING), "rope_scaling", f"None, or {', '.join(ROPE_SCALING)}")
         token = lambda x: isinstance(x, int) and 0 <= x < self.vocab_size
         need(self.bos_id is None or token(self.bos_id), "bos_id", "a token id, or None")
         need(isinstance(self.eos_ids, (list, tuple)) and all(map(token, self.eos_ids)), "eos_ids", "token ids")
@@ -92,6 +94,11 @@ class ModelConfig:
             raise InputError(f"{path}: not a readable model description ({error})") from None
         except KeyError as error:
             raise InputError(f"{path}: field {error} is missing; convert the checkpoint again") from None
+
+    @property
+    def default_exit(self):
+        """The exit taken where none is named: a quarter of the way up."""
+        return max(1, self.n_layer // 4)
 
     def to_json(self):
         return json.dumps(asdict(self), indent=2) + "\n"

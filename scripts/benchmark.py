@@ -157,7 +157,7 @@ def main():
         SpoiltDecoder.acceptance = args.acceptance
     else:
         model, tokenizer = load(args.checkpoint_path, args.device, args.precision)
-        args.early_exit = args.early_exit or [max(1, model.config.n_layer // 4)]
+        args.early_exit = args.early_exit or [model.config.default_exit]
         prompts = [encode(tokenizer, model.config, text) for text in read_prompts(args.prompts)[:args.num_prompts]]
         name, decoder_class = str(args.checkpoint_path), Decoder
     settings = [None] + [(e, k) for e in args.early_exit for k in args.speculate_k]

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from tqdm import tqdm
 
-from model import InputError, ModelConfig, check_memory, run_command, save_checkpoint
+from model import ROPE_SCALING, InputError, ModelConfig, check_memory, run_command, save_checkpoint
 from tokenizer import Tokenizer
 
 # Ours <- theirs, within a layer; several sources are stacked along the rows.
@@ -71,13 +71,12 @@ def read_config(folder):
     bos, eos = (tokenizer_id if special.get(key) is None else special[key]
                 for key, tokenizer_id in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)))
     try:
-        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         config = ModelConfig(
             vocab_size=hf["vocab_size"], dim=hf["hidden_size"], n_layer=hf["num_hidden_layers"],
             n_head=hf["num_attention_heads"], n_kv_head=hf.get("num_key_value_heads") or hf["num_attention_heads"],
             head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
             intermediate_size=hf["intermediate_size"], context=hf["max_position_embeddings"], rope_theta=theta,
-            rope_scaling={k: rope.get(k) for k in keys} if kind == "llama3" else None,
+            rope_scaling={k: rope.get(k) for k in ROPE_SCALING} if kind == "llama3" else None,
             norm_eps=hf["rms_norm_eps"], tied=hf.get("tie_word_embeddings", False), bos_id=bos,
             eos_ids=() if eos is None else eos if isinstance(eos, list) else (eos,),
             source=hf.get("_name_or_path") or folder.resolve().name)

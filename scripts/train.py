@@ -334,8 +334,7 @@ def train(args):
             vocab_size=tokenizer.vocab_size, dim=args.dim, n_layer=args.n_layer, n_head=args.n_head,
             n_kv_head=args.n_kv_head or args.n_head, head_dim=args.dim // args.n_head,
             intermediate_size=args.intermediate_size, context=args.context, tied=not args.untied,
-            bos_id=tokenizer.bos_id, eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
-            source="")
+            bos_id=tokenizer.bos_id, eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,))
         model = Transformer(config)
         for name, weight in model.named_parameters():  # GPT-2's: what writes into the residual stream starts smaller
             if weight.dim() == 2:
@@ -380,7 +379,7 @@ def train(args):
     if world > 1:
         objective = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=True)
     amp = torch.autocast(device.type, torch.bfloat16) if args.precision == "bfloat16" else nullcontext()
-    shown = max(1, config.n_layer // 4) if args.exit_layer is None else args.exit_layer
+    shown = config.default_exit if args.exit_layer is None else args.exit_layer
     if not 1 <= shown <= config.n_layer:
         raise InputError(f"--exit_layer {shown}: the model has {config.n_layer} layers")
     share = args.batch_size // world

@@ -28,30 +28,25 @@ def test_logits_equal_transformers(shape, hf_folder, checkpoint, tokens):
     _, theirs = hf_folder(shape)
     model, n = load_model(checkpoint(shape)), tokens.shape[1]
 
-    def empty_caches():
+    def fill_caches(value):
         model.setup_caches(n + 7)
         for layer in model.layers:
-            layer.attention.k_cache.fill_(torch.nan), layer.attention.v_cache.fill_(torch.nan)
+            layer.attention.k_cache.fill_(value), layer.attention.v_cache.fill_(value)
     with torch.no_grad():
         out = theirs(tokens, output_hidden_states=True)
         exits = [theirs.lm_head(theirs.model.norm(h)) for h in out.hidden_states[1:-1]] + [out.logits]
         assert out.logits.abs().max() > 1  # weights large enough for the comparison to mean something
         pos = torch.arange(n)
         assert_close(model.logits(model(tokens)), out.logits)
-        empty_caches()
-        for layer in model.layers:
-            layer.attention.v_cache.zero_()  # PyTorch's attention multiplies masked rows by zero, and zero times NaN is NaN
-            layer.attention.k_cache.zero_()
+        fill_caches(0)  # not NaN: PyTorch's attention multiplies masked rows by zero
         assert_close(model.logits(model(tokens, pos)), out.logits)
-        empty_caches()
+        fill_caches(torch.nan)
         for i in range(n):
             x = tokens[:, i:i + 1]
             for layer in range(model.config.n_layer):
                 x = model(x, pos[i:i + 1], layer, layer + 1)
                 assert_close(model.logits(x)[0, 0], exits[layer][0, i])
-        empty_caches()
-        for layer in model.layers:
-            layer.attention.v_cache.zero_(), layer.attention.k_cache.zero_()
+        fill_caches(0)
         x = model(model(tokens[:, :60], None, 0, 3), None, 3)  # fills the caches that the rest attends to
         assert_close(model.logits(x), out.logits[:, :60])
         x = model(model(tokens[:, 60:], pos[60:], 0, 1), pos[60:], 1)
