@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,7 +94,11 @@ def accept(drafted: Tensor, draft_probs: Tensor | None, logits: Tensor, u: Tenso
 
 @dataclass
 class Stats:
-    """What one generation did. Times in seconds; accept_counts[i] is the number of rounds that accepted exactly i."""
+    """What one generation did. accept_counts[i] is the number of rounds that accepted exactly i.
+
+    Times in seconds by the clock; decode_seconds, from the first token to the last round, includes what the caller did
+    between tokens, as a GPU goes on meanwhile.
+    """
     prompt_tokens: int
     accept_counts: list[int]
     prefill_seconds: float = 0.0
@@ -119,11 +124,13 @@ class Decoder:
     The last of the K + 1 passes needs no head: it fills the row (and hidden state) that a fully accepted round needs.
     """
 
-    def __init__(self, model: Transformer, *, exit_layer=None, draft_model: Transformer | None = None, k=4, sampling=Sampling(),
-                 rows=None, compile=False, compile_prefill=False, seed=None):
+    def __init__(self, model: Transformer, *, exit_layer=None, draft_model: Transformer | None = None, k=4, draft_head="int8",
+                 sampling=Sampling(), rows=None, compile=False, compile_prefill=False, seed=None):
         """rows: positions to provide for, prompt and new tokens together (default and most: the context).
         Decoders of one model share its caches, so one generation must end before the next begins.
 
+        draft_head: "int8" drafts with a copy of the head rounded to int8, which reads a quarter or half of the bytes;
+        "full" with the head itself. What is emitted has the same distribution, and at temperature 0 is the same.
         k is ignored in plain decoding (neither exit_layer nor draft_model). Raises InputError for an exit layer or k out
         of range, or a draft model of another vocabulary.
         """
@@ -140,11 +147,12 @@ class Decoder:
             raise InputError(f"--speculate_k {k}: must be 1 to {kernels.MAX_ROWS - 1}")
         if draft_model is not None and draft_model.config.vocab_size != config.vocab_size:
             raise InputError(f"the draft model has {draft_model.config.vocab_size} tokens, the target {config.vocab_size}: they must share a tokenizer")
-        models = [model] if self.shared else [model, draft_model]
-        self.context = min(m.config.context for m in models)
+        self.models = [model] if self.shared else [model, draft_model]
+        self.context = min(m.config.context for m in self.models)
         self.rows = min(rows or self.context, self.context)
-        for m in models:
-            m.setup_caches(self.rows + self.K + 1)  # a round may run past the last wanted token
+        for m in self.models:
+            m.setup_caches(self.rows + 2 * (self.K + 1))  # a round may run past the last wanted token, and one late past that
+        self.draft_head = kernels.int8_rows(self.drafter.head.weight) if self.drafter and draft_head == "int8" else None  # (weight, scale)
         device = model.embed.weight.device
         self.token = torch.zeros(1, 1, dtype=torch.long, device=device)  # the last emitted token
         self.pos = torch.zeros(1, dtype=torch.long, device=device)  # its position
@@ -158,6 +166,9 @@ class Decoder:
             self.propose, self.verify = (torch.compile(f, fullgraph=True, dynamic=False) for f in (self._propose, self._verify))
         if compile_prefill:
             self.prefill = torch.compile(self._prefill, fullgraph=True, dynamic=True)
+        self.late = int(device.type == "cuda")  # rounds in flight while the host reads an earlier one
+        self.graphed = compile and device.type == "cuda"
+        self.graph = None  # (CUDA graph of a round, its result (K+2,), the caches it was recorded with)
 
     def uniform(self, count):
         """Random numbers (count,) for one round; float64, as `draw` wants them. None at temperature 0."""
@@ -181,7 +192,11 @@ class Decoder:
     def _propose(self, token, pos, u):
         """One drafting step: (hidden (1, 1, D), next token (1, 1), its distribution (1, V))."""
         hidden = self.drafter(token, pos, 0, self.exit_layer)
-        return hidden, *self.choose(self.drafter.logits(hidden[:, -1]), u)
+        if self.draft_head:
+            logits = kernels.linear(self.drafter.norm(hidden[:, -1]), *self.draft_head)
+        else:
+            logits = self.drafter.logits(hidden[:, -1])
+        return hidden, *self.choose(logits, u)
 
     def _verify(self, tokens, hidden, probs, pos, u):
         """The pass that decides: tokens (1, K+1) from position pos (1,) on, hidden and probs from K drafting steps.
@@ -213,6 +228,42 @@ class Decoder:
             on_draft(tokens[0, 1:].tolist())
         return self.verify(tokens, hidden, probs, self.pos, None if u is None else u[K:])
 
+    def record(self):
+        """Record a round as one CUDA graph, unless that is done and the caches are where they were."""
+        caches = [m.layers[0].attention.k_cache for m in self.models]
+        if self.graph and all(a is b for a, b in zip(self.graph[2], caches)):
+            return
+        random = self.random.get_state()
+        side = torch.cuda.Stream(self.pos.device)
+        side.wait_stream(torch.cuda.current_stream(self.pos.device))
+        with torch.cuda.stream(side):
+            self.token.zero_(), self.pos.zero_()  # what these rounds write, the prompt overwrites
+            for _ in range(2):  # compiles, tunes and allocates
+                self.round()
+        torch.cuda.current_stream(self.pos.device).wait_stream(side)
+        self.random.set_state(random)  # the same seed draws the same tokens without a graph
+        graph = torch.cuda.CUDAGraph()
+        if self.sampling.temperature > 0:
+            graph.register_generator_state(self.random)  # each replay draws new numbers
+        with torch.cuda.graph(graph):
+            out = self.round()
+        self.graph = graph, out, caches
+
+    def launch(self, on_draft=None):
+        """Start a round. Returns a function that waits until it is done and gives `_verify`'s result as a list."""
+        if self.graphed and not on_draft:
+            graph, out, _ = self.graph
+            graph.replay()
+        else:
+            out = self.round(on_draft)
+        if out.device.type != "cuda":
+            return out.tolist
+        host = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
+        host.copy_(out, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        return lambda: (copied.synchronize(), host.tolist())[1]
+
     @torch.inference_mode()
     def generate(self, prompt, max_new_tokens, eos_ids=(), on_draft=None):
         """Yield up to max_new_tokens new ids, as they are accepted, stopping after any of eos_ids.
@@ -229,20 +280,25 @@ class Decoder:
         stats = self.stats = Stats(len(prompt), [0] * (self.K + 1))
         if limit < 1:
             return
+        if self.graphed:
+            self.record()
         began = time.perf_counter()
         self.token.copy_(self.prefill(torch.tensor([prompt], device=self.pos.device), self.uniform(1)))
         self.pos.fill_(len(prompt))
         out = [self.token.item()]
         stats.prefill_seconds = time.perf_counter() - began
+        began = time.perf_counter()
+        late, pending = 0 if on_draft else self.late, deque()  # rounds started and not read
         while True:
             for token in out:
                 stats.tokens.append(token)
                 yield token
                 if token in eos_ids or len(stats.tokens) == limit:
-                    return
-            began = time.perf_counter()
-            *out, accepted = self.round(on_draft).tolist()  # the one time that the host waits
-            stats.decode_seconds += time.perf_counter() - began
+                    return  # what is still in flight is never read, and neither its tokens nor its counts are seen
+            while len(pending) <= late and len(stats.tokens) + len(pending) < limit:  # each round in flight brings a token or more
+                pending.append(self.launch(on_draft))
+            *out, accepted = pending.popleft()()  # the one place where the host waits
+            stats.decode_seconds = time.perf_counter() - began
             stats.accept_counts[accepted] += 1
             out = out[:accepted + 1]
 
@@ -253,21 +309,18 @@ class Decoder:
         full = span_bytes(self.model, 0, None)
         if not self.drafter:
             return full
-        draft = span_bytes(self.drafter, 0, self.exit_layer)
-        return self.K * draft + full + (0 if self.shared else draft - head_bytes(self.drafter))
+        layers = span_bytes(self.drafter, 0, self.exit_layer) - self.drafter.head.weight.nbytes
+        head = sum(t.nbytes for t in self.draft_head or [self.drafter.head.weight])
+        return self.K * (layers + head) + full + (0 if self.shared else layers)
 
     def ideal_speedup(self, mean_accepted):
         """Speed over plain decoding if time were bytes: (1 + mean accepted) / (K d + 1), d a drafting step's share of a pass."""
         return (1 + mean_accepted) * span_bytes(self.model, 0, None) / self.bytes_per_round()
 
 
-def head_bytes(model):
-    return model.head.weight.nbytes
-
-
 def span_bytes(model, start, stop):
     """Bytes of weights read by layers [start, stop) and the head for one token."""
-    return sum(w.nbytes for layer in model.layers[start:stop] for w in layer.parameters()) + model.norm.weight.nbytes + head_bytes(model)
+    return sum(w.nbytes for layer in model.layers[start:stop] for w in layer.parameters()) + model.norm.weight.nbytes + model.head.weight.nbytes
 
 
 def acceptance(counts):
@@ -393,6 +446,7 @@ def parse_args(argv=None):
     g.add_argument("--generation_strategy", choices=["autoregressive", "self_speculative"], help="the LayerSkip repository's spelling of --self_speculative")
     g.add_argument("--early_exit", "--exit_layer", type=int, help="draft with this many layers (default: a quarter of them)")
     g.add_argument("--speculate_k", "--num_speculations", type=int, default=4, help="draft this many tokens per round (default: %(default)s)")
+    g.add_argument("--draft_head", choices=["int8", "full"], default="int8", help="draft with a copy of the output head in int8, or with the head itself (default: %(default)s)")
     g.add_argument("--draft_checkpoint_path", type=Path, help="draft with this separate, smaller checkpoint instead")
     g = p.add_argument_group("how to run")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 (default here: %(default)s)")
@@ -429,8 +483,8 @@ def make_decoder(args, model, draft_model, rows):
     if args.self_speculative:
         exit_layer = model.config.default_exit if args.early_exit is None else args.early_exit
     return Decoder(
-        model, exit_layer=exit_layer, draft_model=draft_model, k=args.speculate_k, rows=rows, compile=args.compile,
-        sampling=Sampling(args.temperature, args.top_k, args.top_p), compile_prefill=args.compile_prefill, seed=args.seed)
+        model, exit_layer=exit_layer, draft_model=draft_model, k=args.speculate_k, draft_head=args.draft_head,
+        sampling=Sampling(args.temperature, args.top_k, args.top_p), rows=rows, compile=args.compile, compile_prefill=args.compile_prefill, seed=args.seed)
 
 
 def run_sample(decoder, tokenizer, prompt, args, show=None, on_draft=None):

@@ -1,9 +1,9 @@
 """The operations that decoding consists of, for few rows at a time: a product that streams each weight once, attention over
 the valid part of the cache, the norm and the gate.
 
-On the CPU they are a small C++ library, built with g++ at first use and cached. Every output row is computed by the same
-sequence of operations however many rows go with it, so drafting, verifying and plain decoding agree bit for bit. Where the
-library can't be built, and on other devices, plain PyTorch does the same work, slower and without that promise.
+On the CPU they are a small C++ library, built with g++ at first use and cached; on CUDA, Triton kernels. Every output row is
+computed by the same sequence of operations however many rows go with it, so drafting, verifying and plain decoding agree bit
+for bit. Elsewhere, and where the library can't be built, plain PyTorch does the same work, slower and without that promise.
 """
 import hashlib
 import os
@@ -18,6 +18,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # comes with PyTorch's builds for CUDA
+    triton = None
+
 MAX_ROWS = 16  # beyond, in a prompt's pass, PyTorch's matrix product is the faster one
 
 SOURCE = r"""
@@ -27,6 +33,7 @@ SOURCE = r"""
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #ifdef __AVX512F__
@@ -37,10 +44,14 @@ constexpr int W = 8;
 typedef float vec __attribute__((vector_size(W * 4), aligned(4)));
 typedef int32_t ivec __attribute__((vector_size(W * 4)));
 typedef uint16_t half_vec __attribute__((vector_size(W * 2), aligned(2)));
+typedef int8_t byte_vec __attribute__((vector_size(W), aligned(1)));
 
 static inline vec load(const float* p) { return *(const vec*)p; }
 static inline vec load(const c10::BFloat16* p) {
   return (vec)(__builtin_convertvector(*(const half_vec*)p, ivec) << 16);  // bfloat16 is the upper half of a float
+}
+static inline vec load(const int8_t* p) {
+  return __builtin_convertvector(__builtin_convertvector(*(const byte_vec*)p, ivec), vec);
 }
 // Halves are added until one number is left: five short steps, where adding the elements in turn would wait for W.
 typedef float vec8 __attribute__((vector_size(32), may_alias));
@@ -55,10 +66,10 @@ static inline float sum(vec v) {
   return (b[0] + b[2]) + (b[1] + b[3]);
 }
 
-// y[m, n] = sum over k of x[m, k] w[n, k], for R weight rows and M input rows at a time. Each (m, n) has one accumulator
-// and one order of additions, whatever R and M are.
-template <int R, int M, typename T>
-static void block(const float* x, const T* w, T* y, int64_t N, int64_t K) {
+// y[m, n] = scale[n] * sum over k of x[m, k] w[n, k], for R weight rows and M input rows at a time. Each (m, n) has one
+// accumulator and one order of additions, whatever R and M are.
+template <int R, int M, typename T, typename Y>
+static void block(const float* x, const T* w, const float* scale, Y* y, int64_t N, int64_t K) {
   vec acc[R][M] = {};
   int64_t k = 0;
   for (; k + W <= K; k += W) {
@@ -73,12 +84,12 @@ static void block(const float* x, const T* w, T* y, int64_t N, int64_t K) {
     for (int m = 0; m < M; m++) {
       float s = sum(acc[r][m]);
       for (int64_t j = k; j < K; j++) s = std::fma((float)w[r * K + j], x[m * K + j], s);
-      y[m * N + r] = (T)s;
+      y[m * N + r] = (Y)(scale ? s * scale[r] : s);
     }
 }
 
-template <int M, typename T>
-static void rows(const float* x, const T* w, T* y, int64_t N, int64_t K) {
+template <int M, typename T, typename Y>
+static void rows(const float* x, const T* w, const float* scale, Y* y, int64_t N, int64_t K) {
 #ifdef __AVX512F__  // R * M accumulators, as the registers allow; measured
   constexpr int R = M <= 3 ? 8 : M == 4 ? 6 : M == 5 ? 5 : 3;
 #else
@@ -86,42 +97,47 @@ static void rows(const float* x, const T* w, T* y, int64_t N, int64_t K) {
 #endif
   at::parallel_for(0, (N + R - 1) / R, 1 + 32768 / (K * R), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin * R; n < std::min(end * R, N); n += R)
-      if (n + R <= N) block<R, M>(x, w + n * K, y + n, N, K);
-      else for (int64_t i = n; i < N; i++) block<1, M>(x, w + i * K, y + i, N, K);
+      if (n + R <= N) block<R, M>(x, w + n * K, scale ? scale + n : nullptr, y + n, N, K);
+      else for (int64_t i = n; i < N; i++) block<1, M>(x, w + i * K, scale ? scale + i : nullptr, y + i, N, K);
   });
 }
 
-template <typename T>
-static void product(const float* x, const T* w, T* y, int64_t M, int64_t N, int64_t K) {
-  for (; M > 8; M -= 8, x += 8 * K, y += 8 * N) rows<8>(x, w, y, N, K);
+template <typename T, typename Y>
+static void product(const float* x, const T* w, const float* scale, Y* y, int64_t M, int64_t N, int64_t K) {
+  for (; M > 8; M -= 8, x += 8 * K, y += 8 * N) rows<8>(x, w, scale, y, N, K);
   switch (M) {
-    case 1: return rows<1>(x, w, y, N, K);
-    case 2: return rows<2>(x, w, y, N, K);
-    case 3: return rows<3>(x, w, y, N, K);
-    case 4: return rows<4>(x, w, y, N, K);
-    case 5: return rows<5>(x, w, y, N, K);
-    case 6: return rows<6>(x, w, y, N, K);
-    case 7: return rows<7>(x, w, y, N, K);
-    case 8: return rows<8>(x, w, y, N, K);
+    case 1: return rows<1>(x, w, scale, y, N, K);
+    case 2: return rows<2>(x, w, scale, y, N, K);
+    case 3: return rows<3>(x, w, scale, y, N, K);
+    case 4: return rows<4>(x, w, scale, y, N, K);
+    case 5: return rows<5>(x, w, scale, y, N, K);
+    case 6: return rows<6>(x, w, scale, y, N, K);
+    case 7: return rows<7>(x, w, scale, y, N, K);
+    case 8: return rows<8>(x, w, scale, y, N, K);
   }
 }
 
-// x (..., K), w (N, K) -> (..., N); float32 or bfloat16 throughout, accumulated in float32.
-at::Tensor linear(const at::Tensor& x_, const at::Tensor& w) {
+// x (..., K) float32 or bfloat16, w (N, K) of the same type, or int8 with scale (N) float32 -> (..., N) as x; accumulated in float32.
+at::Tensor linear(const at::Tensor& x_, const at::Tensor& w, const std::optional<at::Tensor>& scale) {
   at::Tensor x = x_.contiguous();
-  TORCH_CHECK(w.is_contiguous() && w.dim() == 2 && x.size(-1) == w.size(1) && x.scalar_type() == w.scalar_type());
   int64_t K = w.size(1), N = w.size(0), M = x.numel() / K;
+  TORCH_CHECK(w.is_contiguous() && w.dim() == 2 && x.size(-1) == K && w.scalar_type() == (scale ? at::kChar : x.scalar_type()));
+  TORCH_CHECK(!scale || (scale->is_contiguous() && scale->numel() == N && scale->scalar_type() == at::kFloat));
   auto shape = x.sizes().vec();
   shape.back() = N;
   at::Tensor y = at::empty(shape, x.options());
-  if (w.scalar_type() == at::kFloat) {
-    product(x.const_data_ptr<float>(), w.const_data_ptr<float>(), y.mutable_data_ptr<float>(), M, N, K);
+  auto run = [&](const float* input, auto* out) {
+    using Y = std::remove_pointer_t<decltype(out)>;
+    if (scale) product(input, w.const_data_ptr<int8_t>(), scale->const_data_ptr<float>(), out, M, N, K);
+    else product(input, w.const_data_ptr<Y>(), (const float*)nullptr, out, M, N, K);
+  };
+  if (x.scalar_type() == at::kFloat) {
+    run(x.const_data_ptr<float>(), y.mutable_data_ptr<float>());
   } else {
-    TORCH_CHECK(w.scalar_type() == at::kBFloat16);
     std::vector<float> wide(M * K);
     const auto* p = x.const_data_ptr<at::BFloat16>();
     for (int64_t i = 0; i < M * K; i++) wide[i] = p[i];
-    product(wide.data(), w.const_data_ptr<at::BFloat16>(), y.mutable_data_ptr<at::BFloat16>(), M, N, K);
+    run(wide.data(), y.mutable_data_ptr<at::BFloat16>());
   }
   return y;
 }
@@ -256,7 +272,7 @@ at::Tensor swiglu(const at::Tensor& x_) {
 }
 
 TORCH_LIBRARY(layerskip, m) {
-  m.def("linear(Tensor x, Tensor w) -> Tensor");
+  m.def("linear(Tensor x, Tensor w, Tensor? scale=None) -> Tensor");
   m.def("attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor pos) -> Tensor");
   m.def("norm(Tensor x, Tensor w, float eps) -> Tensor");
   m.def("swiglu(Tensor x) -> Tensor");
@@ -297,6 +313,7 @@ def build():
     return library
 
 
+enabled = True  # False: plain PyTorch everywhere, to compare with
 _ready = None  # whether the CPU library is loaded; None: not tried yet
 
 
@@ -306,7 +323,7 @@ def prepare():
     if _ready is None:
         try:
             torch.ops.load_library(build())
-            torch.library.register_fake("layerskip::linear", lambda x, w: x.new_empty(*x.shape[:-1], w.shape[0]))
+            torch.library.register_fake("layerskip::linear", lambda x, w, scale=None: x.new_empty(*x.shape[:-1], w.shape[0]))
             torch.library.register_fake("layerskip::attend", lambda q, k_cache, v_cache, pos: torch.empty_like(q))
             torch.library.register_fake("layerskip::norm", lambda x, w, eps: torch.empty_like(x))
             torch.library.register_fake("layerskip::swiglu", lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
@@ -319,22 +336,152 @@ def prepare():
     return _ready
 
 
-def fits(x, rows):
-    """Whether the CPU library is there and takes `rows` rows of x's kind."""
-    return _ready and rows <= MAX_ROWS and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled()
+def backend(x, rows):
+    """The kernels that take `rows` rows of x's kind: "cpu" (the library above), "cuda" (the Triton kernels below), or None."""
+    if not enabled or rows > MAX_ROWS or torch.is_grad_enabled():
+        return None
+    if _ready and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+        return "cpu"
+    return "cuda" if triton and x.device.type == "cuda" else None
 
 
-def linear(x, w):
-    """x (..., T, K) times w (N, K) transposed: (..., T, N)."""
-    if fits(x, x.numel() // x.shape[-1]):
-        return torch.ops.layerskip.linear(x, w)
-    return F.linear(x, w)
+# On CUDA: Triton kernels for the products, attention and the norm; the compiler fuses what lies between. Here too a row's
+# arithmetic is the same whatever goes with it: rows are padded to one size, splits of the cache are cut at fixed places.
+
+def gpu_linear(x, w, scale=None):
+    """`linear` as one kernel that streams w once. x (..., K) with at most MAX_ROWS rows."""
+    N, K = w.shape
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], N)
+    block_n, block_k = 16 if N <= 8192 else 32, 512 // w.itemsize  # 8 or 16 KB of weights in each step
+    linear_kernel[triton.cdiv(N, block_n),](x, w, scale, y, x.numel() // K, N, K, MAX_ROWS, block_n, block_k, num_warps=4, num_stages=4)
+    return y
+
+
+def gpu_attend(q, k_cache, v_cache, pos):
+    """`attend` in two kernels: parts of SPLIT cache rows each, of which those beyond the positions end at once, then their sum."""
+    B, T, H, C = q.shape
+    G, S = k_cache.shape[1:3]
+    rows, splits, block_c = triton.next_power_of_2(MAX_ROWS * (H // G)), triton.cdiv(S, SPLIT), max(16, triton.next_power_of_2(C))
+    part = torch.empty(B, G, splits, rows, C, dtype=torch.float32, device=q.device)
+    stat = torch.empty(B, G, splits, rows, 2, dtype=torch.float32, device=q.device)  # largest score, sum of exponentials
+    y, q = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.contiguous()
+    warps = 4 if rows <= 64 else 8
+    attend_kernel[splits, G, B](q, k_cache, v_cache, pos, part, stat, T, S, C, H // G, SPLIT, 32, rows, block_c, num_warps=warps, num_stages=2)
+    combine_kernel[T, H, B](part, stat, pos, y, splits, C, H // G, SPLIT, rows, block_c, num_warps=1)
+    return y
+
+
+def gpu_norm(x, w, eps):
+    """`norm`, one program to a row."""
+    x = x.contiguous()
+    y, D = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.shape[-1]
+    norm_kernel[x.numel() // D,](x, w, y, D, eps, triton.next_power_of_2(D), num_warps=8)
+    return y
+
+
+SPLIT = 256  # cache rows that one program attends to
+
+if triton:
+    @triton.jit
+    def linear_kernel(x, w, scale, y, M, N, K, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+        m, n = tl.arange(0, ROWS), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
+        for start in range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            a = tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0)  # (ROWS, BLOCK_K)
+            b = tl.load(w + n[None, :] * K + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0)  # (BLOCK_K, BLOCK_N)
+            acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
+        if scale is not None:
+            acc *= tl.load(scale + n, mask=n < N, other=0)[None, :]
+        tl.store(y + m[:, None] * N + n[None, :], acc.to(y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+    @triton.jit
+    def attend_kernel(q, k, v, pos, part, stat, T, S, C, GROUP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr,
+                      ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+        split, g, b, G = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
+        last = tl.load(pos + T - 1)
+        if split * SPLIT > last:
+            return
+        row, c = tl.arange(0, ROWS), tl.arange(0, BLOCK_C)  # row: the group's heads of every query
+        t, head = row // GROUP, g * GROUP + row % GROUP
+        limit = tl.load(pos + t, mask=t < T, other=-1)  # a query sees cache rows up to its own position
+        query = tl.load(q + ((b * T + t) * (G * GROUP) + head)[:, None] * C + c[None, :], mask=(t < T)[:, None] & (c < C)[None, :], other=0)
+        factor = 1.4426950408889634 / tl.sqrt(C.to(tl.float32))  # to powers of 2
+        top, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+        acc = tl.zeros((ROWS, BLOCK_C), tl.float32)
+        cache = (b * G + g).to(tl.int64) * S * C
+        for start in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, last + 1), BLOCK_S):
+            s = start + tl.arange(0, BLOCK_S)
+            keys = tl.load(k + cache + s[None, :] * C + c[:, None], mask=(s <= last)[None, :] & (c < C)[:, None], other=0)  # (C, S)
+            score = tl.dot(query, keys, input_precision="ieee") * factor
+            score = tl.where(s[None, :] <= limit[:, None], score, float("-inf"))
+            new_top = tl.maximum(top, tl.max(score, 1))
+            shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # rows that see nothing yet
+            weight = tl.exp2(score - shift[:, None])
+            keep = tl.exp2(top - shift)
+            values = tl.load(v + cache + s[:, None] * C + c[None, :], mask=(s <= last)[:, None] & (c < C)[None, :], other=0)  # (S, C)
+            total = total * keep + tl.sum(weight, 1)
+            acc = tl.dot(weight.to(values.dtype), values, acc * keep[:, None], input_precision="ieee")
+            top = new_top
+        out = ((b * G + g) * tl.num_programs(0) + split) * ROWS + row
+        tl.store(part + out[:, None] * C + c[None, :], acc, mask=(t < T)[:, None] & (c < C)[None, :])
+        tl.store(stat + out * 2, top, mask=t < T)
+        tl.store(stat + out * 2 + 1, total, mask=t < T)
+
+    @triton.jit
+    def combine_kernel(part, stat, pos, y, splits, C, GROUP: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+        t, head, b, T, H = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(0), tl.num_programs(1)
+        row, c = t * GROUP + head % GROUP, tl.arange(0, BLOCK_C)
+        first = (b * (H // GROUP) + head // GROUP) * splits
+        top, total, acc = -float("inf"), 0.0, tl.zeros((BLOCK_C,), tl.float32)
+        for split in range(0, tl.load(pos + t) // SPLIT + 1):
+            out = (first + split) * ROWS + row
+            part_top, part_total = tl.load(stat + out * 2), tl.load(stat + out * 2 + 1)
+            new_top = tl.maximum(top, part_top)
+            keep, add = tl.exp2(top - new_top), tl.exp2(part_top - new_top)
+            acc = acc * keep + tl.load(part + out * C + c, mask=c < C, other=0) * add
+            total = total * keep + part_total * add
+            top = new_top
+        tl.store(y + ((b * T + t) * H + head) * C + c, (acc / total).to(y.dtype.element_ty), mask=c < C)
+
+    @triton.jit
+    def norm_kernel(x, w, y, D, eps, BLOCK: tl.constexpr):
+        i = tl.arange(0, BLOCK)
+        row = tl.program_id(0) * D
+        v = tl.load(x + row + i, mask=i < D, other=0).to(tl.float32)
+        v = v * tl.rsqrt(tl.sum(v * v, 0) / D + eps)
+        v = v.to(y.dtype.element_ty).to(tl.float32) * tl.load(w + i, mask=i < D, other=0).to(tl.float32)
+        tl.store(y + row + i, v.to(y.dtype.element_ty), mask=i < D)
+
+
+# The operations themselves.
+
+def linear(x, w, scale=None):
+    """x (..., T, K) times w (N, K) transposed: (..., T, N). w of x's dtype, or int8 with a float32 scale (N,) for its rows."""
+    kind = backend(x, x.numel() // x.shape[-1])
+    if kind == "cpu":
+        return torch.ops.layerskip.linear(x, w, scale)
+    if kind == "cuda":
+        return gpu_linear(x, w, scale)
+    if scale is None:
+        return F.linear(x, w)
+    return (F.linear(x, w.to(x.dtype)) * scale).to(x.dtype)
+
+
+def int8_rows(w):
+    """w (N, K) as int8 (N, K) and float32 scales (N,), symmetric, so that the largest of a row is 127 scales."""
+    scale = torch.cat([part.abs().amax(1) for part in w.split(8192)]).float().clamp(min=1e-12) / 127  # in parts: little memory beside w
+    return torch.cat([(part.float() / s[:, None]).round().to(torch.int8) for part, s in zip(w.split(8192), scale.split(8192))]), scale
 
 
 def attend(q, k_cache, v_cache, pos):
     """Attention of q (B, T, H, C) at positions pos (T,) over cache rows 0..pos of k_cache and v_cache (B, G, S, C): (B, T, H, C)."""
-    if fits(q, q.shape[1]):
+    kind = backend(q, q.shape[1])
+    if kind == "cpu":
         return torch.ops.layerskip.attend(q, k_cache, v_cache, pos)
+    if kind == "cuda":
+        return gpu_attend(q, k_cache, v_cache, pos)
     mask = torch.arange(k_cache.shape[2], device=pos.device) <= pos[:, None]  # (T, S)
     y = F.scaled_dot_product_attention(q.transpose(1, 2), k_cache, v_cache, attn_mask=mask, enable_gqa=q.shape[2] > k_cache.shape[1])
     return y.transpose(1, 2)
@@ -342,8 +489,11 @@ def attend(q, k_cache, v_cache, pos):
 
 def norm(x, w, eps):
     """Root-mean-square norm (1910.07467) of x (..., D), computed in float32 whatever the dtype, times w (D,)."""
-    if fits(x, x.numel() // x.shape[-1]):
+    kind = backend(x, x.numel() // x.shape[-1])
+    if kind == "cpu":
         return torch.ops.layerskip.norm(x, w, eps)
+    if kind == "cuda":
+        return gpu_norm(x, w, eps)
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return y.to(x.dtype) * w
@@ -351,7 +501,7 @@ def norm(x, w, eps):
 
 def swiglu(x):
     """silu(gate) * up (2002.05202) for x (..., 2F), which holds gate and up: (..., F)."""
-    if fits(x, x.numel() // x.shape[-1]):
+    if backend(x, x.numel() // x.shape[-1]) == "cpu":
         return torch.ops.layerskip.swiglu(x)
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from tqdm import tqdm
 
+import kernels
 from generate import CHECKPOINTS, Decoder, Sampling, acceptance, encode, load, peak_memory_gb
 from model import InputError, ModelConfig, Transformer, check_device, check_memory, check_writable, rope_frequencies, run_command
 
@@ -80,8 +81,8 @@ def read_prompts(path):
 
 
 def read_bandwidth(device):
-    """Bytes per second that this machine reads from memory: the median of sums over 512 MB, far beyond any cache."""
-    x = torch.ones(2**27, device=device)
+    """Bytes per second that this machine reads from memory: the median of sums over 512 MB (8 GB on a GPU), far beyond any cache."""
+    x = torch.ones(2**27 if torch.device(device).type == "cpu" else 2**31, device=device)
     times = []
     for _ in range(9):
         began = time.perf_counter()
@@ -101,10 +102,17 @@ def pass_times(model, rows, compile, repeats=9):
     times, device = [], model.embed.weight.device
     for m in range(1, rows + 1):
         x, pos = torch.zeros(1, m, dtype=torch.long, device=device), torch.arange(128, 128 + m, device=device)
-        samples = []
+        samples, run = [], lambda: step(x, pos)
+        out = run()
+        if device.type == "cuda" and compile:  # as decoding does, without the time it takes to launch kernel by kernel
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = run()
+            run = graph.replay
         for _ in range(repeats + 3):
             began = time.perf_counter()
-            step(x, pos)[0, 0, 0].item()
+            run()
+            out[0, 0, 0].item()
             samples.append(time.perf_counter() - began)
         times.append(statistics.median(samples[3:]))
     return times
@@ -121,6 +129,7 @@ def parse_args(argv=None):
     p.add_argument("--max_new_tokens", type=int, default=256, help="per prompt; EOS doesn't end a text here, so that all are equally long")
     p.add_argument("--early_exit", "--exit_layer", type=int, nargs="+", help="exit layers to try (default: a quarter of the layers)")
     p.add_argument("--speculate_k", "--num_speculations", type=int, nargs="+", default=[3], help="draft lengths to try")
+    p.add_argument("--draft_head", choices=["int8", "full"], default="int8", help="what drafts are chosen with: a copy of the output head in int8, or the head itself")
     p.add_argument("--repeats", type=int, default=3, help="timed passes over the prompts")
     p.add_argument("--pass_rows", type=int, default=0, help="also time one full pass over 1 to this many rows")
     p.add_argument("--temperature", type=float, default=0.0)
@@ -130,6 +139,7 @@ def parse_args(argv=None):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=["bfloat16", "float16", "float32"])
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    p.add_argument("--plain_kernels", action="store_true", help="leave this engine's kernels out, plain decoding's too: PyTorch's own instead")
     p.add_argument("--json", metavar="FILE", help="write everything measured as one line of JSON; - means the last line of the output")
     args = p.parse_args(argv)
     check_device(args.device)
@@ -147,6 +157,7 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     torch.manual_seed(args.seed)
+    kernels.enabled = not args.plain_kernels
     if args.shape:
         vocab, layers = SHAPES[args.shape][0], SHAPES[args.shape][2]
         args.early_exit = args.early_exit or [layers // 4]
@@ -168,7 +179,7 @@ def main():
     results = {s: dict(rates=[], counts=[], prefill=[], texts=[]) for s in settings}
     decoders, bar = {}, tqdm(total=len(settings) * (1 + args.repeats * len(prompts)), desc="compiling", disable=None)
     for setting in settings:
-        how = dict(exit_layer=setting[0], k=setting[1]) if setting else {}
+        how = dict(exit_layer=setting[0], k=setting[1], draft_head=args.draft_head) if setting else {}
         decoders[setting] = decoder_class(model, sampling=sampling, rows=rows, compile=args.compile, seed=args.seed, **how)
     for setting, decoder in decoders.items():
         began = time.perf_counter()
@@ -200,7 +211,7 @@ def main():
             ideal_speedup=decoder.ideal_speedup(mean), mean_accepted=mean, acceptance_probs=probs,
             bandwidth_gb_per_s=used / 1e9, bandwidth_share=used / bandwidth, prefill_seconds=statistics.median(r["prefill"]),
             compile_seconds=r["compile_seconds"], same_text=r["texts"] == results[None]["texts"]))
-    print(f"\n{name}, {str(model.embed.weight.dtype)[6:]} on {args.device}, {'compiled' if args.compile else 'eager'}, "
+    print(f"\n{name}, {str(model.embed.weight.dtype)[6:]} on {args.device}, {'compiled' if args.compile else 'eager'}{', plain kernels' * args.plain_kernels}, "
           f"temperature {args.temperature}, {len(prompts)} prompts x {args.max_new_tokens} new tokens, median of {len(prompts) * args.repeats}")
     print(f"read bandwidth of this machine: {bandwidth / 1e9:.1f} GB/s; one full pass reads {decoders[None].bytes_per_round() / 1e6:.1f} MB of weights")
     if times:

@@ -12,6 +12,7 @@ import sys
 import time
 import zlib
 from contextlib import nullcontext
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -199,6 +200,65 @@ def evaluate(model, ids, context, batch_size, max_tokens, amp, device):
     return losses / total, agreement / total, total
 
 
+def initialize(model):
+    """Random weights as GPT-2's: what writes into the residual stream starts smaller."""
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            shrink = math.sqrt(2 * model.config.n_layer) if name.endswith(("wo.weight", "w2.weight")) else 1
+            nn.init.normal_(weight, std=0.02 / shrink)
+
+
+def restack(model, order):
+    """A model made of a trained one's layers, by their numbers from 1, and where order has a 0, of a new layer that begins as
+    the identity (block expansion, Wu et al. 2401.02415). Raises InputError for a layer that isn't there."""
+    for number in order:
+        if not 0 <= number <= model.config.n_layer:
+            raise InputError(f"--layers {number}: the checkpoint has layers 1 to {model.config.n_layer}; 0 is a new one")
+    new = Transformer(replace(model.config, n_layer=len(order)))
+    initialize(new)
+    for name in ("embed", "norm", "head"):
+        getattr(new, name).load_state_dict(getattr(model, name).state_dict())
+    for layer, number in zip(new.layers, order):
+        if number:
+            layer.load_state_dict(model.layers[number - 1].state_dict())
+        else:
+            nn.init.zeros_(layer.attention.wo.weight), nn.init.zeros_(layer.ffn.w2.weight)
+    return new
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose update of each matrix is made orthogonal by five Newton-Schulz steps (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon), scaled to AdamW's usual size (Liu et al. 2502.16982).
+
+    In float32, unlike torch.optim.Muon, whose bfloat16 products take minutes per step on processors that lack it.
+    """
+
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                average = self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
+                average.lerp_(w.grad, 1 - group["momentum"])
+                update = orthogonalize(w.grad.lerp(average, group["momentum"]))
+                w.mul_(1 - group["lr"] * group["weight_decay"])
+                w.add_(update, alpha=-0.2 * group["lr"] * math.sqrt(max(w.shape)))
+
+
+def orthogonalize(m):
+    """The nearest orthogonal matrix to m (A, B), roughly: singular values between 0.7 and 1.2 instead of 1."""
+    x = m if m.shape[0] <= m.shape[1] else m.T
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x if m.shape[0] <= m.shape[1] else x.T
+
+
 def make_optimizers(model, kind, lr, weight_decay):
     """AdamW over everything, or Muon over the layers' matrices with AdamW for the rest (embedding, head, norms)."""
     layers = [w for w in model.layers.parameters() if w.dim() == 2] if kind == "muon" else []
@@ -208,7 +268,7 @@ def make_optimizers(model, kind, lr, weight_decay):
               {"params": [w for w in rest if w.dim() != 2], "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
     if layers:
-        optimizers.append(torch.optim.Muon(layers, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(layers, lr, weight_decay))
     return optimizers
 
 
@@ -224,6 +284,7 @@ def parse_args(argv=None):
     g.add_argument("--vocab_size", type=int, default=4096, help="of the tokenizer trained here")
     g = p.add_argument_group("model")
     g.add_argument("--checkpoint_path", type=Path, help="continue from this model.pth instead of starting from scratch")
+    g.add_argument("--layers", type=int, nargs="+", metavar="N", help="with --checkpoint_path: which of its layers the model gets, from 1, in this order; 0: a new one, at first without effect")
     g.add_argument("--n_layer", type=int, default=12)
     g.add_argument("--dim", type=int, default=320)
     g.add_argument("--n_head", type=int, default=5)
@@ -254,7 +315,7 @@ def parse_args(argv=None):
     g.add_argument("--eval_tokens", type=int, default=20_000)
     g.add_argument("--exit_layer", type=int, help="exit whose loss the progress shows (default: a quarter of the way)")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    g.add_argument("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of the products (weights stay float32)")
+    g.add_argument("--precision", choices=["bfloat16", "float32"], help="of the products; weights stay float32 (default: bfloat16 where the processor multiplies it)")
     g.add_argument("--save_precision", choices=["bfloat16", "float32"], default="bfloat16", help="of model.pth")
     g.add_argument("--compile", action="store_true", help="compile the layers")
     return p.parse_args(argv)
@@ -278,9 +339,14 @@ def check_args(args):
         raise InputError(f"--dim {args.dim}: must be an even multiple of --n_head {args.n_head}")
     if args.n_kv_head is not None and (args.n_kv_head < 1 or args.n_head % args.n_kv_head):
         raise InputError(f"--n_kv_head {args.n_kv_head}: must divide --n_head {args.n_head}")
+    if args.layers and not args.checkpoint_path:
+        raise InputError("--layers: needs --checkpoint_path, the model that they come from; a new one has --n_layer")
     if args.tokenizer:
         Tokenizer.load(args.tokenizer)
     check_device(args.device)
+    if args.precision is None:
+        fast = torch.device(args.device).type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        args.precision = "bfloat16" if fast else "float32"
 
 
 def train(args):
@@ -328,7 +394,7 @@ def train(args):
 
     torch.manual_seed(args.seed)
     if base:
-        model = base
+        model = restack(base, args.layers) if args.layers else base
     else:
         config = ModelConfig(
             vocab_size=tokenizer.vocab_size, dim=args.dim, n_layer=args.n_layer, n_head=args.n_head,
@@ -336,10 +402,7 @@ def train(args):
             intermediate_size=args.intermediate_size, context=args.context, tied=not args.untied,
             bos_id=tokenizer.bos_id, eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,))
         model = Transformer(config)
-        for name, weight in model.named_parameters():  # GPT-2's: what writes into the residual stream starts smaller
-            if weight.dim() == 2:
-                shrink = math.sqrt(2 * args.n_layer) if name.endswith(("wo.weight", "w2.weight")) else 1
-                nn.init.normal_(weight, std=0.02 / shrink)
+        initialize(model)
     model.to(device)
     config = model.config
     if tokenizer.vocab_size > config.vocab_size:

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -52,9 +53,10 @@ def test_greedy_text_equals_transformers(shape, hf_folder, checkpoint):
 def test_greedy_self_speculation_equals_plain(exit_layer, k):
     model = tiny_model()
     plain, _ = run(model, 80)
-    ours, stats = run(model, 80, exit_layer=exit_layer, k=k)
-    assert ours == plain and len(set(plain)) > 5
-    assert 0 < acceptance(stats.accept_counts)[1] < k  # the drafts were sometimes right, sometimes wrong
+    for head in ("int8", "full"):
+        ours, stats = run(model, 80, exit_layer=exit_layer, k=k, draft_head=head)
+        assert ours == plain and len(set(plain)) > 5
+        assert 0 < acceptance(stats.accept_counts)[1] < k  # the drafts were sometimes right, sometimes wrong
 
 
 @pytest.mark.parametrize("k", [1, 3, 6])
@@ -73,7 +75,7 @@ def test_greedy_with_a_draft_model_equals_plain(k):
 @pytest.mark.parametrize("k", [1, 4])
 def test_a_draft_equal_to_its_target_accepts_everything(sampling, k):
     """A hole in the draft's cache after a fully accepted round would show here and nowhere else."""
-    _, stats = run(tiny_model(), 80, draft_model=tiny_model(), k=k, sampling=sampling, seed=1)
+    _, stats = run(tiny_model(), 80, draft_model=tiny_model(), k=k, draft_head="full", sampling=sampling, seed=1)
     assert stats.accept_counts[:-1] == [0] * k and stats.accept_counts[-1] >= 79 // (k + 1)
 
 
@@ -130,7 +132,7 @@ def test_work_per_round(monkeypatch):
     for i, layer in enumerate(model.layers):
         layer.register_forward_hook(lambda m, args, out, i=i: calls.append((i, out.shape[1])))
     model.head.register_forward_hook(lambda m, args, out: calls.append(("head", out.numel() // 64)))
-    _, stats = run(model, 30, exit_layer=E, k=K)
+    _, stats = run(model, 30, exit_layer=E, k=K, draft_head="full")
     rounds = sum(stats.accept_counts)
     count = lambda *key: calls.count(key)
     for i in range(4):
@@ -171,6 +173,60 @@ def test_a_round_never_asks_the_device(how, sampling, no_questions):
         for question in (x[0].item, x.tolist, lambda: bool(x[0] > 0), lambda: x[x > 0], x.nonzero, x.cpu):
             with pytest.raises(AssertionError):
                 question()
+
+
+@pytest.mark.parametrize("how", [dict(), dict(exit_layer=2, k=4), dict(draft_model=tiny_model(1), k=2), dict(exit_layer=1, k=3, sampling=Sampling(0.9), seed=5)])
+def test_reading_a_round_late_changes_nothing(how):
+    """As on a GPU: the next round runs before this one is read, and what a text's end leaves over is discarded."""
+    model = tiny_model(context=48)
+    plain, stats = run(model, 99, **how)
+    for limit in (*range(1, 12), 99):
+        decoder = Decoder(model, **how)
+        decoder.late, rounds = 1, []
+        decoder.round = lambda on_draft=None: (rounds.append(1), Decoder.round(decoder, on_draft))[1]
+        assert list(decoder.generate(PROMPT, limit)) == plain[:limit]
+        assert sum(decoder.stats.accept_counts) <= len(rounds) <= sum(decoder.stats.accept_counts) + 1
+    assert decoder.stats.accept_counts == stats.accept_counts
+    decoder.random.manual_seed(how.get("seed", 0))
+    assert list(decoder.generate(PROMPT, 99, (plain[20],))) == plain[:plain.index(plain[20]) + 1]  # EOS within it
+
+
+def test_a_round_is_recorded_once_and_again_when_the_caches_move(monkeypatch):
+    """The bookkeeping around the CUDA graph, with a stand-in that runs the round anew at each replay."""
+    recorded, model = [], tiny_model(context=48)
+
+    class Graph:
+        def replay(self):
+            self.out.copy_(Decoder.round(decoder))
+
+        def register_generator_state(self, generator):
+            assert generator is decoder.random
+
+    @contextmanager
+    def capture(graph):
+        recorded.append(graph)
+        state = decoder.random.get_state()
+        yield
+        decoder.random.set_state(state)  # capturing draws nothing
+
+    stream = type("Stream", (), {"__init__": lambda *a: None, "wait_stream": lambda *a: None})
+    for name, value in dict(CUDAGraph=Graph, graph=capture, Stream=stream, current_stream=lambda d: stream(), stream=lambda s: nullcontext()).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for how in (dict(exit_layer=1, k=3), dict(sampling=Sampling(0.9), exit_layer=2, k=2)):
+        decoder, recorded[:] = Decoder(model, seed=3, **how), []
+        expected = run(model, 30, seed=3, **how)[0]
+        decoder.graphed = True
+
+        def record():
+            Decoder.record(decoder)
+            decoder.graph[0].out = decoder.graph[1]
+        decoder.record = record
+        assert list(decoder.generate(PROMPT, 30)) == expected and len(recorded) == 1
+        list(decoder.generate(PROMPT, 10))
+        assert len(recorded) == 1
+        model.setup_caches(model.layers[0].attention.k_cache.shape[2] + 1)  # the graph would read and write the old ones
+        decoder.random.manual_seed(3)
+        assert list(decoder.generate(PROMPT, 30)) == expected and len(recorded) == 2
 
 
 def test_nothing_recompiles_over_two_hundred_rounds():
@@ -289,11 +345,12 @@ def test_a_seed_reproduces():
 
 def test_statistics():
     model = tiny_model()
-    decoder = Decoder(model, exit_layer=1, k=3)
     layer = sum(w.numel() for w in model.layers[0].parameters()) * 4
-    head, full = 64 * 48 * 4 + 48 * 4, 4 * layer + 64 * 48 * 4 + 48 * 4
-    assert decoder.bytes_per_round() == 3 * (layer + head) + full
-    assert decoder.ideal_speedup(2.0) == pytest.approx(3 / (3 * (layer + head) / full + 1))
+    full = 4 * layer + 64 * 48 * 4 + 48 * 4
+    for name, head in (("full", 64 * 48 * 4 + 48 * 4), ("int8", 64 * 48 + 64 * 4 + 48 * 4)):
+        decoder = Decoder(model, exit_layer=1, k=3, draft_head=name)
+        assert decoder.bytes_per_round() == 3 * (layer + head) + full
+        assert decoder.ideal_speedup(2.0) == pytest.approx(3 / (3 * (layer + head) / full + 1))
     assert Decoder(model).ideal_speedup(0) == 1
     assert acceptance([1, 0, 3]) == ([0.25, 0, 0.75], 1.5) and acceptance([0]) == ([], 0.0)
     assert Stats(3, [9], 1.0, 2.0, list(range(9))).tokens_per_second == 4 and Stats(3, [0], tokens=[1]).tokens_per_second == 0

@@ -1,4 +1,4 @@
-"""The CPU kernels against float64, and their promise that a row never depends on its neighbours."""
+"""The kernels against float64, and their promise that a row never depends on its neighbours."""
 import subprocess
 import sys
 
@@ -29,6 +29,22 @@ def test_linear(m, n, k, dtype):
     assert y.shape == (1, m, n) and y.dtype == dtype and ((y.double() - exact).abs() <= bound + 1e-30).all()
     for i in range(m):
         assert torch.equal(torch.ops.layerskip.linear(x[:, i:i + 1], w)[:, 0], y[:, i])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n,k", [(1, 1), (7, 5), (64, 48), (33, 100), (130, 320)])
+@pytest.mark.parametrize("m", ROWS)
+def test_int8_linear(m, n, k, dtype):
+    g = torch.Generator().manual_seed(m * n + k)
+    x, w = torch.randn(1, m, k, generator=g).to(dtype), torch.randn(n, k, generator=g)
+    q, scale = kernels.int8_rows(w)
+    assert q.dtype == torch.int8 and ((q.double() * scale[:, None].double() - w.double()).abs() <= scale[:, None] * 0.5001).all()
+    y, dequantized = torch.ops.layerskip.linear(x, q, scale), q.double() * scale.double()[:, None]
+    exact = x.double() @ dequantized.T
+    bound = x.double().abs() @ dequantized.abs().T * (k + 1) * 2**-24 + exact.abs() * torch.finfo(dtype).eps
+    assert y.shape == (1, m, n) and y.dtype == dtype and ((y.double() - exact).abs() <= bound + 1e-30).all()
+    for i in range(m):
+        assert torch.equal(torch.ops.layerskip.linear(x[:, i:i + 1], q, scale)[:, 0], y[:, i])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -88,6 +104,62 @@ def test_the_whole_model_keeps_rows_apart():
         assert torch.equal(together, alone)
 
 
+# The Triton kernels: on a GPU, or without one in Triton's interpreter, which shows what they compute but not in which order.
+
+GPU, HALF = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float16)  # the interpreter has no bfloat16
+
+
+@pytest.fixture
+def triton():
+    assert kernels.triton, "Triton must be installed where the tests run"
+
+
+def alone(f, m):
+    """Compare f(rows) of all m rows with f of fewer: of each by itself where the arithmetic is the GPU's own."""
+    y = f(slice(0, m))
+    for i in range(m):
+        part = slice(i, i + 1) if GPU == "cuda" else slice(0, i + 1)
+        assert torch.equal(f(part), y[:, part])
+    return y.cpu()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("m,n,k", [(1, 7, 5), (3, 70, 100), (8, 33, 600), (16, 130, 320)])
+def test_gpu_linear(m, n, k, dtype, triton):
+    g = torch.Generator().manual_seed(m * n + k)
+    x, w = torch.randn(1, m, k, generator=g).to(dtype), torch.randn(n, k, generator=g).to(dtype)
+    q, scale = kernels.int8_rows(w)
+    for weight, factor, exact_weight in ((w, None, w.double()), (q, scale, q.double() * scale.double()[:, None])):
+        exact = x.double() @ exact_weight.T
+        bound = x.double().abs() @ exact_weight.abs().T * (k + 1) * 2**-23 + exact.abs() * torch.finfo(dtype).eps
+        y = alone(lambda rows: kernels.gpu_linear(x[:, rows].to(GPU), weight.to(GPU), None if factor is None else factor.to(GPU)), m)
+        assert y.shape == (1, m, n) and y.dtype == dtype and ((y.double() - exact).abs() <= bound + 1e-30).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("heads,kv_heads,c,t,last", [(4, 4, 64, 3, 300), (8, 2, 12, 5, 31), (6, 1, 33, 2, 520), (1, 1, 8, 1, 0), (2, 1, 16, 4, 257)])
+def test_gpu_attend(heads, kv_heads, c, t, last, dtype, triton):
+    g = torch.Generator().manual_seed(t * last + c)
+    q = torch.randn(2, t, heads, c, generator=g).to(dtype) * 3
+    k, v = (torch.randn(2, kv_heads, 600, c, generator=g).to(dtype) for _ in "kv")
+    k[:, :, last + 1:], v[:, :, last + 1:] = torch.nan, torch.nan  # garbage that must not be read
+    pos = torch.arange(last - t + 1, last + 1)
+    y = alone(lambda rows: kernels.gpu_attend(q[:, rows].to(GPU), k.to(GPU), v.to(GPU), pos[rows].to(GPU)), t)
+    for i in range(t):
+        keys, values = (x[:, :, :pos[i] + 1].double().repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+        probs = (torch.einsum("bhc,bhsc->bhs", q[:, i].double(), keys) / c ** 0.5).softmax(-1)
+        exact = torch.einsum("bhs,bhsc->bhc", probs, values)
+        torch.testing.assert_close(y[:, i].double(), exact, atol=3e-6 if dtype == torch.float32 else 2e-2, rtol=1e-2 if dtype == HALF else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_gpu_norm(dtype, triton):
+    x, w = torch.randn(1, 5, 100).to(dtype), torch.randn(100).to(dtype)
+    y = alone(lambda rows: kernels.gpu_norm(x[:, rows].to(GPU), w.to(GPU), 1e-5), 5)
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * w.double()
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-6)
+
+
 def test_says_so_without_a_compiler(tmp_path):
     """No compiler: a warning, once, and the same numbers from plain PyTorch."""
     code = ("import torch, kernels, warnings\n"
@@ -97,6 +169,7 @@ def test_says_so_without_a_compiler(tmp_path):
             "    assert len(seen) == 1 and 'slower' in str(seen[0].message), seen\n"
             "    x, w = torch.ones(1, 2, 8), torch.ones(3, 8)\n"
             "    assert kernels.linear(x, w).eq(8).all() and kernels.linear(x, w).shape == (1, 2, 3)\n"
+            "    assert kernels.linear(x, *kernels.int8_rows(w)).allclose(torch.tensor(8.))\n"
             "    q, cache = torch.ones(1, 2, 4, 8), torch.arange(6.)[:, None].expand(1, 2, 6, 8)\n"
             "    assert kernels.attend(q, 0 * cache, cache, torch.tensor([2, 4])).allclose(torch.tensor([1., 2.])[:, None, None])\n")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={"CXX": str(tmp_path / "none"), "XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},

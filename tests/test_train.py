@@ -126,6 +126,41 @@ def interrupt_after(step, monkeypatch):
     monkeypatch.setattr(train, "enabled_exits", counting)
 
 
+def test_muon_equals_pytorchs():
+    """PyTorch's works in bfloat16, hence the tolerance."""
+    torch.manual_seed(0)
+    for shape in ((24, 60), (60, 24), (32, 32)):
+        ours = torch.nn.Parameter(torch.randn(shape) / 10)
+        theirs = torch.nn.Parameter(ours.detach().clone())
+        first = ours.detach().clone()
+        optimizers = train.Muon([ours], 3e-3, 0.1), torch.optim.Muon([theirs], lr=3e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        for _ in range(5):
+            ours.grad = torch.randn(shape)
+            theirs.grad = ours.grad.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        assert (ours - theirs).norm() < 0.03 * (ours - first).norm()
+
+
+def test_a_model_grows_from_a_trained_one(data, tmp_path):
+    """New layers begin as the identity: before the first step nothing changes, and then they learn."""
+    run(data, tmp_path / "small", "--steps", 2, "--save_precision", "float32")
+    small = load_model(tmp_path / "small" / "model.pth")
+    grown, x = train.restack(small, [1, 0, 2, 3, 4, 0]).eval(), torch.randint(0, 280, (1, 20))
+    with torch.no_grad():
+        assert grown.config.n_layer == 6 and torch.equal(grown.logits(grown(x)), small.logits(small(x)))
+        first, second, third, fourth = small.layers
+        small.layers = torch.nn.ModuleList([second, first, fourth])
+        assert torch.equal(small(x), train.restack(load_model(tmp_path / "small" / "model.pth"), [2, 1, 4])(x))
+    run(data, tmp_path / "large", "--checkpoint_path", tmp_path / "small" / "model.pth", "--layers", 1, 2, 3, 4, 0, 0, "--steps", 3)
+    large = load_model(tmp_path / "large" / "model.pth")
+    assert len(large.layers) == 6 and all(layer.ffn.w2.weight.abs().sum() > 0 for layer in large.layers)
+    for wrong, message in ((("--layers", 1), "--layers: needs --checkpoint_path"),
+                           (("--layers", 5, "--checkpoint_path", tmp_path / "small" / "model.pth"), "--layers 5: the checkpoint has layers 1 to 4")):
+        with pytest.raises(InputError, match=message):
+            run(data, tmp_path / "none", *wrong)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_an_interrupted_run_resumes_exactly(optimizer, data, tmp_path, monkeypatch):
     how = ("--steps", 12, "--max_dropout", 0.3, "--optimizer", optimizer)
