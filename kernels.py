@@ -35,6 +35,9 @@ SOURCE = r"""
 #include <cmath>
 #include <optional>
 #include <vector>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 #ifdef __AVX512F__
 constexpr int W = 16;
@@ -47,12 +50,17 @@ typedef uint16_t half_vec __attribute__((vector_size(W * 2), aligned(2)));
 typedef int8_t byte_vec __attribute__((vector_size(W), aligned(1)));
 
 static inline vec load(const float* p) { return *(const vec*)p; }
-static inline vec load(const c10::BFloat16* p) {
-  return (vec)(__builtin_convertvector(*(const half_vec*)p, ivec) << 16);  // bfloat16 is the upper half of a float
-}
-static inline vec load(const int8_t* p) {
-  return __builtin_convertvector(__builtin_convertvector(*(const byte_vec*)p, ivec), vec);
-}
+#if defined(__AVX512F__)  // GCC widens short vectors element by element unless told how
+static inline ivec widen(half_vec v) { return (ivec)_mm512_cvtepu16_epi32((__m256i)v); }
+static inline ivec widen(byte_vec v) { return (ivec)_mm512_cvtepi8_epi32((__m128i)v); }
+#elif defined(__AVX2__)
+static inline ivec widen(half_vec v) { return (ivec)_mm256_cvtepu16_epi32((__m128i)v); }
+static inline ivec widen(byte_vec v) { return (ivec)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)v)); }
+#else
+template <typename V> static inline ivec widen(V v) { return __builtin_convertvector(v, ivec); }
+#endif
+static inline vec load(const c10::BFloat16* p) { return (vec)(widen(*(const half_vec*)p) << 16); }  // the upper half of a float
+static inline vec load(const int8_t* p) { return __builtin_convertvector(widen(*(const byte_vec*)p), vec); }
 // Halves are added until one number is left: five short steps, where adding the elements in turn would wait for W.
 typedef float vec8 __attribute__((vector_size(32), may_alias));
 typedef float vec4 __attribute__((vector_size(16), may_alias));
@@ -90,10 +98,10 @@ static void block(const float* x, const T* w, const float* scale, Y* y, int64_t 
 
 template <int M, typename T, typename Y>
 static void rows(const float* x, const T* w, const float* scale, Y* y, int64_t N, int64_t K) {
-#ifdef __AVX512F__  // R * M accumulators, as the registers allow; measured
+#ifdef __AVX512F__  // measured on Zen 5
   constexpr int R = M <= 3 ? 8 : M == 4 ? 6 : M == 5 ? 5 : 3;
-#else
-  constexpr int R = M == 1 ? 8 : M <= 3 ? 4 : M <= 7 ? 2 : 1;
+#else  // measured on Zen 3, where weight rows side by side hinder the prefetching
+  constexpr int R = M == 1 && sizeof(T) > 1 ? 8 : 1;
 #endif
   at::parallel_for(0, (N + R - 1) / R, 1 + 32768 / (K * R), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin * R; n < std::min(end * R, N); n += R)
