@@ -154,6 +154,8 @@ class Decoder:
             m.setup_caches(self.rows + 2 * (self.K + 1))  # a round may run past the last wanted token, and one late past that
         self.draft_head = kernels.int8_rows(self.drafter.head.weight) if self.drafter and draft_head == "int8" else None  # (weight, scale)
         device = model.embed.weight.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton and graphs work on the current one
         self.token = torch.zeros(1, 1, dtype=torch.long, device=device)  # the last emitted token
         self.pos = torch.zeros(1, dtype=torch.long, device=device)  # its position
         self.offsets = torch.arange(self.K + 1, device=device)
