@@ -379,7 +379,10 @@ def train(args):
         cut = int(len(text) * (1 - args.val_fraction))
         kept, held_out = [("head", text[:cut])], [("tail", text[cut:])]
 
+    torch.manual_seed(args.seed)
     base = load_model(args.checkpoint_path).requires_grad_(True).train() if args.checkpoint_path else None
+    if args.layers:
+        base = restack(base, args.layers)
     args.out.mkdir(parents=True, exist_ok=True)
     source = args.tokenizer or (args.checkpoint_path.parent if base else None)
     if rank == 0 and source:
@@ -392,9 +395,8 @@ def train(args):
         dist.barrier()
     tokenizer = Tokenizer.load(args.out)
 
-    torch.manual_seed(args.seed)
     if base:
-        model = restack(base, args.layers) if args.layers else base
+        model = base
     else:
         config = ModelConfig(
             vocab_size=tokenizer.vocab_size, dim=args.dim, n_layer=args.n_layer, n_head=args.n_head,

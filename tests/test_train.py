@@ -159,6 +159,7 @@ def test_a_model_grows_from_a_trained_one(data, tmp_path):
                            (("--layers", 5, "--checkpoint_path", tmp_path / "small" / "model.pth"), "--layers 5: the checkpoint has layers 1 to 4")):
         with pytest.raises(InputError, match=message):
             run(data, tmp_path / "none", *wrong)
+        assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
