@@ -230,7 +230,7 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update of each matrix is made orthogonal by five Newton-Schulz steps (Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon), scaled to AdamW's usual size (Liu et al. 2502.16982).
 
-    In float32, unlike torch.optim.Muon, whose bfloat16 products take minutes per step on processors that lack it.
+    In float32, unlike torch.optim.Muon, whose bfloat16 products took a minute per step on a processor that lacks it.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
@@ -242,7 +242,9 @@ class Muon(torch.optim.Optimizer):
             for w in group["params"]:
                 if w.grad is None:
                     continue
-                average = self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
+                if not self.state[w]:
+                    self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+                average = self.state[w]["momentum_buffer"]
                 average.lerp_(w.grad, 1 - group["momentum"])
                 update = orthogonalize(w.grad.lerp(average, group["momentum"]))
                 w.mul_(1 - group["lr"] * group["weight_decay"])
