@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import kernels
 from generate import CHECKPOINTS, Decoder, Sampling, acceptance, encode, load, peak_memory_gb
-from model import InputError, ModelConfig, Transformer, check_device, check_memory, check_writable, rope_frequencies, run_command
+from model import InputError, ModelConfig, check_device, check_writable, empty_model, run_command
 
 # vocab_size, dim, n_layer, n_head, n_kv_head, head_dim, intermediate_size, context, tied
 SHAPES = {
@@ -39,17 +39,11 @@ def random_model(shape, first_idle, device, dtype):
     """A model of one of SHAPES with random weights, whose layers from first_idle on add nothing to the hidden states."""
     vocab, dim, layers, heads, kv_heads, head_dim, ffn, context, tied = SHAPES[shape]
     config = ModelConfig(vocab, dim, layers, heads, kv_heads, head_dim, ffn, context, tied=tied)
-    with torch.device("meta"):
-        model = Transformer(config)
-    check_memory(sum(w.numel() for w in model.parameters()) * dtype.itemsize, device, f"--shape {shape}")
-    model = model.to(dtype).to_empty(device=device).requires_grad_(False)
-    model.inv_freq = rope_frequencies(config).to(device)
-    if tied:
-        model.head.weight = model.embed.weight
+    model = empty_model(config, device, dtype, f"--shape {shape}")
     for name, weight in model.named_parameters():
         idle = name.startswith("layers.") and int(name.split(".")[1]) >= first_idle and name.endswith(("wo.weight", "w2.weight"))
         torch.nn.init.zeros_(weight) if idle else torch.nn.init.ones_(weight) if weight.dim() == 1 else torch.nn.init.normal_(weight, std=dim ** -0.5)
-    return model.eval()
+    return model
 
 
 class SpoiltDecoder(Decoder):

@@ -11,6 +11,7 @@ from conftest import FAMILY, ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
+import model as engine
 from generate import Decoder, DraftDisplay, Sampling, Stats, Text, accept, acceptance, draw, encode
 from model import InputError, ModelConfig, Transformer, load_model
 from tokenizer import Tokenizer
@@ -130,7 +131,9 @@ def test_work_per_round(monkeypatch):
     model, E, K = tiny_model(), 2, 3
     calls = []
     for i, layer in enumerate(model.layers):
-        layer.register_forward_hook(lambda m, args, out, i=i: calls.append((i, out.shape[1])))
+        layer.register_forward_hook(lambda m, args, out, i=i: calls.append((i, out.shape[1])))  # of the prompt's pass
+    run_layers, number = engine.run_layers, {layer: i for i, layer in enumerate(model.layers)}
+    monkeypatch.setattr(engine, "run_layers", lambda layers, x, *rest: (calls.extend((number[l], x.shape[1]) for l in layers), run_layers(layers, x, *rest))[1])
     model.head.register_forward_hook(lambda m, args, out: calls.append(("head", out.numel() // 64)))
     _, stats = run(model, 30, exit_layer=E, k=K, draft_head="full")
     rounds = sum(stats.accept_counts)

@@ -1,0 +1,360 @@
+// The CPU's part of kernels.py, which builds it: a model's layers and the products with few rows, on all cores at once.
+//
+// Letters as in model.py: M rows (tokens) in this call, D model width, H query heads, G key/value heads, C head width, F feed-
+// forward width, S cache rows. Every row is computed by the same sequence of operations whatever M is and however many threads
+// share the work.
+#include <torch/library.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <cmath>
+#include <optional>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#ifdef __AVX512F__
+constexpr int W = 16;
+#else
+constexpr int W = 8;
+#endif
+typedef float vec __attribute__((vector_size(W * 4), aligned(4)));
+typedef int32_t ivec __attribute__((vector_size(W * 4)));
+typedef uint16_t half_vec __attribute__((vector_size(W * 2), aligned(2)));
+typedef int8_t byte_vec __attribute__((vector_size(W), aligned(1)));
+
+static inline vec load(const float* p) { return *(const vec*)p; }
+#if defined(__AVX512F__)  // GCC widens short vectors element by element unless told how
+static inline ivec widen(half_vec v) { return (ivec)_mm512_cvtepu16_epi32((__m256i)v); }
+static inline ivec widen(byte_vec v) { return (ivec)_mm512_cvtepi8_epi32((__m128i)v); }
+#elif defined(__AVX2__)
+static inline ivec widen(half_vec v) { return (ivec)_mm256_cvtepu16_epi32((__m128i)v); }
+static inline ivec widen(byte_vec v) { return (ivec)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)v)); }
+#else
+template <typename V> static inline ivec widen(V v) { return __builtin_convertvector(v, ivec); }
+#endif
+static inline vec load(const c10::BFloat16* p) { return (vec)(widen(*(const half_vec*)p) << 16); }  // the upper half of a float
+static inline vec load(const int8_t* p) { return __builtin_convertvector(widen(*(const byte_vec*)p), vec); }
+// Halves are added until one number is left: five short steps, where adding the elements in turn would wait for W.
+typedef float vec8 __attribute__((vector_size(32), may_alias));
+typedef float vec4 __attribute__((vector_size(16), may_alias));
+static inline float sum(vec v) {
+#ifdef __AVX512F__
+  vec8 a = ((vec8*)&v)[0] + ((vec8*)&v)[1];
+#else
+  vec8 a = v;
+#endif
+  vec4 b = ((vec4*)&a)[0] + ((vec4*)&a)[1];
+  return (b[0] + b[2]) + (b[1] + b[3]);
+}
+
+// exp(x) for x <= 0 to about 2 ulp: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients).
+static inline vec exponential(vec x) {
+  x = x < -87.0f ? vec{} - 87.0f : x;
+  vec n = __builtin_convertvector(__builtin_convertvector(x * 1.44269504f - 0.5f, ivec), vec);  // rounds half away, x <= 0
+  vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  vec p = vec{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * (vec)((__builtin_convertvector(n, ivec) + 127) << 23);
+}
+
+// A team of threads runs the same function; each takes its share of every step, and all meet before the next.
+struct Member {
+  int64_t index, count;
+  // This member's share [begin, end) of n items, in whole cache lines of floats.
+  std::pair<int64_t, int64_t> share(int64_t n) const {
+    int64_t lines = (n + 15) / 16;
+    return {std::min(n, lines * index / count * 16), std::min(n, lines * (index + 1) / count * 16)};
+  }
+  void meet() const {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+  }
+};
+
+template <typename F>
+static void team(F work) {
+#ifdef _OPENMP
+#pragma omp parallel num_threads(at::get_num_threads())
+  work(Member{omp_get_thread_num(), omp_get_num_threads()});
+#else
+  work(Member{0, 1});
+#endif
+}
+
+// A weight (N, K): float32 or bfloat16, or int8 with a float32 scale for each row.
+struct Matrix {
+  const void* data;
+  const float* scale;
+  at::ScalarType type;
+  int64_t N, K;
+
+  Matrix(const at::Tensor& w, const std::optional<at::Tensor>& s)
+      : data(w.const_data_ptr()), scale(s ? s->const_data_ptr<float>() : nullptr), type(w.scalar_type()), N(w.size(0)), K(w.size(1)) {
+    TORCH_CHECK(w.dim() == 2 && w.is_contiguous() && (s ? type == at::kChar : type == at::kFloat || type == at::kBFloat16));
+    TORCH_CHECK(!s || (s->is_contiguous() && s->numel() == N));
+  }
+};
+
+// Columns [begin, end) of y[m, n] = scale[n] * sum over k of x[m, k] w[n, k]. Each (m, n) has one accumulator and one order of
+// additions, whatever M is. One weight row after the other, as side by side they hinder the processor's prefetching, which gets
+// help: the second cache is asked for what comes 8 KB later, so that memory goes on while several rows are multiplied.
+template <int M, typename T>
+static void rows(const float* x, const Matrix& w, float* y, int64_t begin, int64_t end) {
+  const int64_t N = w.N, K = w.K;
+  for (int64_t n = begin; n < end; n++) {
+    const T* row = (const T*)w.data + n * K;
+    vec acc[M] = {};
+    int64_t k = 0;
+    for (; k + W <= K; k += W) {
+      __builtin_prefetch((const char*)(row + k) + 8192, 0, 2);
+      vec v = load(row + k);
+      for (int m = 0; m < M; m++) acc[m] += v * load(x + m * K + k);
+    }
+    for (int m = 0; m < M; m++) {
+      float s = sum(acc[m]);
+      for (int64_t j = k; j < K; j++) s = std::fma((float)row[j], x[m * K + j], s);
+      y[m * N + n] = w.scale ? s * w.scale[n] : s;
+    }
+  }
+}
+
+template <typename T>
+static void product(const float* x, int64_t M, const Matrix& w, float* y, int64_t begin, int64_t end) {
+  for (; M > 8; M -= 8, x += 8 * w.K, y += 8 * w.N) rows<8, T>(x, w, y, begin, end);
+  switch (M) {
+    case 1: return rows<1, T>(x, w, y, begin, end);
+    case 2: return rows<2, T>(x, w, y, begin, end);
+    case 3: return rows<3, T>(x, w, y, begin, end);
+    case 4: return rows<4, T>(x, w, y, begin, end);
+    case 5: return rows<5, T>(x, w, y, begin, end);
+    case 6: return rows<6, T>(x, w, y, begin, end);
+    case 7: return rows<7, T>(x, w, y, begin, end);
+    case 8: return rows<8, T>(x, w, y, begin, end);
+  }
+}
+
+// Columns [begin, end) of y (M, N) = x (M, K) times w (N, K) transposed.
+static void product(const float* x, int64_t M, const Matrix& w, float* y, int64_t begin, int64_t end) {
+  switch (w.type) {
+    case at::kFloat: return product<float>(x, M, w, y, begin, end);
+    case at::kBFloat16: return product<c10::BFloat16>(x, M, w, y, begin, end);
+    default: return product<int8_t>(x, M, w, y, begin, end);
+  }
+}
+
+// y (D) = x / sqrt(mean(x^2) + eps) * w
+template <typename T>
+static void normalize(const float* x, const T* w, float* y, int64_t D, float eps) {
+  vec squares = {};
+  int64_t i = 0;
+  for (; i + W <= D; i += W) squares += load(x + i) * load(x + i);
+  float s = sum(squares);
+  for (; i < D; i++) s = std::fma(x[i], x[i], s);
+  float scale = 1 / std::sqrt(s / D + eps);
+  for (i = 0; i < D; i++) y[i] = (float)(T)(x[i] * scale) * (float)w[i];
+}
+
+// y (n) = silu(gate) * up
+static void gated(const float* gate, const float* up, float* y, int64_t n) {
+  auto gate_vec = [](vec g, vec u) {
+    vec e = exponential(g < 0.0f ? g : -g);
+    return g * (g < 0.0f ? e : vec{} + 1.0f) / (1.0f + e) * u;
+  };
+  int64_t i = 0;
+  for (; i + W <= n; i += W) *(vec*)(y + i) = gate_vec(load(gate + i), load(up + i));
+  if (i < n) {  // the last few go through the same vector operations
+    float g[W] = {}, u[W] = {};
+    for (int64_t j = i; j < n; j++) g[j - i] = gate[j], u[j - i] = up[j];
+    vec out = gate_vec(load(g), load(u));
+    for (int64_t j = i; j < n; j++) y[j] = out[j - i];
+  }
+}
+
+// RoPE: component i of x (C) turns with i + C/2.
+static void rotate(float* x, const float* cos, const float* sin, int64_t C) {
+  for (int64_t i = 0; i < C / 2; i++) {
+    float a = x[i], b = x[i + C / 2];
+    x[i] = a * cos[i] - b * sin[i];
+    x[i + C / 2] = b * cos[i] + a * sin[i];
+  }
+}
+
+// One query over cache rows 0..last: y (C) = softmax(q k^T / sqrt(C)) v. score has room for last + W floats.
+template <typename T>
+static void attend(const float* q, const T* k, const T* v, float* y, int64_t last, int64_t C, float* score) {
+  int64_t n = last + 1, padded = (n + W - 1) / W * W;
+  float wide[512], out[512] = {};
+  for (int64_t c = 0; c < C; c++) wide[c] = q[c] / std::sqrt((float)C);
+  float top = -INFINITY;
+  for (int64_t s = 0; s < n; s++) {
+    vec acc = {};
+    int64_t c = 0;
+    for (; c + W <= C; c += W) acc += load(k + s * C + c) * load(wide + c);
+    float dot = sum(acc);
+    for (; c < C; c++) dot = std::fma((float)k[s * C + c], wide[c], dot);
+    score[s] = dot;
+    top = std::max(top, dot);
+  }
+  for (int64_t s = n; s < padded; s++) score[s] = -INFINITY;
+  vec total = {};
+  for (int64_t s = 0; s < padded; s += W) {
+    vec e = exponential(load(score + s) - top);
+    *(vec*)(score + s) = e;
+    if (s + W <= n) total += e;
+  }
+  float norm = sum(total);
+  for (int64_t s = n / W * W; s < n; s++) norm += score[s];
+  for (int64_t s = 0; s < n; s++) {
+    int64_t c = 0;
+    for (; c + W <= C; c += W) *(vec*)(out + c) += load(v + s * C + c) * score[s];
+    for (; c < C; c++) out[c] = std::fma((float)v[s * C + c], score[s], out[c]);
+  }
+  for (int64_t c = 0; c < C; c++) y[c] = out[c] / norm;
+}
+
+// The layers of a model, one after the other, as Block in model.py has them.
+template <typename T>
+struct Layers {
+  struct Layer {
+    const T *norm1, *norm2;
+    Matrix qkv, out, gate_up, down;
+    T *k, *v;  // caches (B, G, S, C)
+  };
+  std::vector<Layer> layers;
+  int64_t B, L, M, D, H, G, C, F, S;  // L tokens in each of B sequences, M = B * L
+  const int64_t* pos;                 // (L)
+  const float *cos, *sin;             // (L, C/2)
+  float eps;
+  std::vector<float> x, qkv, mixed, hidden, act;  // (M, D), (M, (H + 2G) C), (M, H C), (M, 2F), (M, F)
+
+  void run(Member me) {
+    std::vector<float> normed(M * D), score(pos[L - 1] + 1 + W);
+    // Adds y's columns [begin, end) to x, in the precision that hidden states have between layers.
+    auto add = [&](const std::vector<float>& y, int64_t begin, int64_t end) {
+      for (int64_t m = 0; m < M; m++)
+        for (int64_t i = m * D + begin; i < m * D + end; i++) x[i] = (float)(T)(x[i] + y[i]);
+    };
+    auto [d_begin, d_end] = me.share(D);
+    auto [f_begin, f_end] = me.share(F);
+    for (auto& layer : layers) {
+      for (int64_t m = 0; m < M; m++) normalize(&x[m * D], layer.norm1, &normed[m * D], D, eps);
+      auto [begin, end] = me.share(layer.qkv.N);
+      product(normed.data(), M, layer.qkv, qkv.data(), begin, end);
+      me.meet();
+      for (int64_t i = me.index; i < M * (H + G); i += me.count) {  // RoPE on queries and keys; keys and values into the caches
+        int64_t m = i / (H + G), head = i % (H + G), b = m / L, t = m % L;
+        float* row = &qkv[(m * (H + 2 * G) + head) * C];
+        rotate(row, cos + t * C / 2, sin + t * C / 2, C);
+        if (head < H) continue;
+        int64_t cache = ((b * G + head - H) * S + pos[t]) * C;
+        for (int64_t c = 0; c < C; c++) layer.k[cache + c] = (T)row[c], layer.v[cache + c] = (T)row[G * C + c];
+      }
+      me.meet();
+      for (int64_t i = M * H * me.index / me.count; i < M * H * (me.index + 1) / me.count; i++) {  // (b, h, t): neighbours share keys
+        int64_t t = i % L, h = i / L % H, b = i / L / H, m = b * L + t, cache = (b * G + h / (H / G)) * S * C;
+        attend(&qkv[(m * (H + 2 * G) + h) * C], layer.k + cache, layer.v + cache, &mixed[(m * H + h) * C], pos[t], C, score.data());
+      }
+      me.meet();
+      product(mixed.data(), M, layer.out, hidden.data(), d_begin, d_end);
+      add(hidden, d_begin, d_end);
+      me.meet();
+      for (int64_t m = 0; m < M; m++) normalize(&x[m * D], layer.norm2, &normed[m * D], D, eps);
+      product(normed.data(), M, layer.gate_up, hidden.data(), f_begin, f_end);
+      product(normed.data(), M, layer.gate_up, hidden.data(), F + f_begin, F + f_end);
+      for (int64_t m = 0; m < M; m++)
+        gated(&hidden[m * 2 * F + f_begin], &hidden[(m * 2 + 1) * F + f_begin], &act[m * F + f_begin], f_end - f_begin);
+      me.meet();
+      product(act.data(), M, layer.down, qkv.data(), d_begin, d_end);
+      add(qkv, d_begin, d_end);
+      me.meet();
+    }
+  }
+};
+
+// x (B, L, D) at positions pos (L), cos and sin (L, 1, C/2) -> the same after the layers, whose keys and values go into the caches.
+// weights: for each layer its two norms (D) and the matrices qkv, out, gate_up, down with their scales if they are int8.
+template <typename T>
+static at::Tensor run_layers(const at::Tensor& x, const at::Tensor& pos, const at::Tensor& cos, const at::Tensor& sin, at::TensorList norms,
+                             at::TensorList weights, const c10::List<std::optional<at::Tensor>>& scales, at::TensorList k_caches, at::TensorList v_caches, double eps) {
+  Layers<T> s;
+  const at::Tensor& cache = k_caches[0];
+  s.B = x.size(0), s.L = x.size(1), s.M = s.B * s.L, s.D = x.size(2), s.G = cache.size(1), s.S = cache.size(2), s.C = cache.size(3);
+  for (size_t i = 0; i < k_caches.size(); i++) {
+    auto matrix = [&](int j) { return Matrix(weights[4 * i + j], scales[4 * i + j]); };
+    TORCH_CHECK(k_caches[i].is_contiguous() && v_caches[i].is_contiguous() && k_caches[i].sizes() == cache.sizes() && v_caches[i].sizes() == cache.sizes());
+    s.layers.push_back({norms[2 * i].const_data_ptr<T>(), norms[2 * i + 1].const_data_ptr<T>(), matrix(0), matrix(1), matrix(2), matrix(3),
+                        k_caches[i].mutable_data_ptr<T>(), v_caches[i].mutable_data_ptr<T>()});
+  }
+  const auto& first = s.layers[0];
+  s.H = first.qkv.N / s.C - 2 * s.G, s.F = first.down.K;
+  for (auto& l : s.layers)
+    TORCH_CHECK(l.qkv.K == s.D && l.qkv.N == (s.H + 2 * s.G) * s.C && l.out.K == s.H * s.C && l.out.N == s.D && l.gate_up.K == s.D && l.gate_up.N == 2 * s.F && l.down.K == s.F && l.down.N == s.D);
+  TORCH_CHECK(s.C <= 512 && pos.is_contiguous() && pos.numel() == s.L && cos.is_contiguous() && sin.is_contiguous() && cos.numel() == s.L * s.C / 2);
+  s.pos = pos.const_data_ptr<int64_t>(), s.cos = cos.const_data_ptr<float>(), s.sin = sin.const_data_ptr<float>(), s.eps = eps;
+  at::Tensor input = x.contiguous(), y = at::empty_like(input);
+  const T* from = input.template const_data_ptr<T>();
+  T* to = y.template mutable_data_ptr<T>();
+  s.x.assign(from, from + s.M * s.D);
+  s.qkv.resize(s.M * std::max((s.H + 2 * s.G) * s.C, s.D)), s.mixed.resize(s.M * s.H * s.C), s.hidden.resize(s.M * std::max(2 * s.F, s.D)), s.act.resize(s.M * s.F);
+  team([&](Member me) { s.run(me); });
+  std::copy(s.x.begin(), s.x.end(), to);
+  return y;
+}
+
+at::Tensor layers(const at::Tensor& x, const at::Tensor& pos, const at::Tensor& cos, const at::Tensor& sin, at::TensorList norms, at::TensorList weights,
+                  const c10::List<std::optional<at::Tensor>>& scales, at::TensorList k_caches, at::TensorList v_caches, double eps) {
+  auto run = x.scalar_type() == at::kFloat ? run_layers<float> : run_layers<c10::BFloat16>;
+  return run(x, pos, cos, sin, norms, weights, scales, k_caches, v_caches, eps);
+}
+
+// x (..., K) float32 or bfloat16 times w (N, K) transposed, see Matrix -> (..., N) of x's type.
+at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& scale) {
+  Matrix matrix(w, scale);
+  int64_t M = x.numel() / matrix.K;
+  TORCH_CHECK(x.size(-1) == matrix.K);
+  auto shape = x.sizes().vec();
+  shape.back() = matrix.N;
+  at::Tensor wide = x.to(at::kFloat).contiguous(), y = at::empty(shape, wide.options());
+  team([&](Member me) {
+    auto [begin, end] = me.share(matrix.N);
+    product(wide.const_data_ptr<float>(), M, matrix, y.mutable_data_ptr<float>(), begin, end);
+  });
+  return y.to(x.scalar_type());
+}
+
+// x (..., D), w (D) of x's type -> (..., D).
+at::Tensor norm(const at::Tensor& x, const at::Tensor& w, double eps) {
+  TORCH_CHECK(w.is_contiguous() && x.size(-1) == w.size(0) && x.scalar_type() == w.scalar_type());
+  int64_t D = w.size(0);
+  at::Tensor wide = x.to(at::kFloat).contiguous(), y = at::empty_like(wide);
+  for (int64_t i = 0; i < x.numel(); i += D) {
+    const float* row = wide.const_data_ptr<float>() + i;
+    float* out = y.mutable_data_ptr<float>() + i;
+    if (x.scalar_type() == at::kFloat) normalize(row, w.const_data_ptr<float>(), out, D, eps);
+    else normalize(row, w.const_data_ptr<c10::BFloat16>(), out, D, eps);
+  }
+  return y.to(x.scalar_type());
+}
+
+TORCH_LIBRARY(layerskip, m) {
+  m.def("layers(Tensor x, Tensor pos, Tensor cos, Tensor sin, Tensor[] norms, Tensor[] weights, Tensor?[] scales, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, float eps) -> Tensor");
+  m.def("linear(Tensor x, Tensor w, Tensor? scale=None) -> Tensor");
+  m.def("norm(Tensor x, Tensor w, float eps) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(layerskip, CPU, m) {
+  m.impl("layers", layers);
+  m.impl("linear", linear);
+  m.impl("norm", norm);
+}
