@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from model import InputError, Transformer, check_device, check_writable, load_model, run_command
+from model import InputError, Transformer, check_device, check_writable, count_parameters, load_model, run_command
 from tokenizer import Tokenizer
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
@@ -152,7 +152,8 @@ class Decoder:
         self.rows = min(rows or self.context, self.context)
         for m in self.models:
             m.setup_caches(self.rows + 2 * (self.K + 1))  # a round may run past the last wanted token, and one late past that
-        self.draft_head = kernels.int8_rows(self.drafter.head.weight) if self.drafter and draft_head == "int8" else None  # (weight, scale)
+        coarse = self.drafter and draft_head == "int8" and not self.drafter.config.quantization  # a quantized head is int8 already
+        self.draft_head = kernels.int8_rows(self.drafter.head.weight) if coarse else None  # (weight, scale)
         device = model.embed.weight.device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # Triton and graphs work on the current one
@@ -311,8 +312,8 @@ class Decoder:
         full = span_bytes(self.model, 0, None)
         if not self.drafter:
             return full
-        layers = span_bytes(self.drafter, 0, self.exit_layer) - self.drafter.head.weight.nbytes
-        head = sum(t.nbytes for t in self.draft_head or [self.drafter.head.weight])
+        layers = span_bytes(self.drafter, 0, self.exit_layer) - total_bytes(self.drafter.head)
+        head = sum(t.nbytes for t in self.draft_head) if self.draft_head else total_bytes(self.drafter.head)
         return self.K * (layers + head) + full + (0 if self.shared else layers)
 
     def ideal_speedup(self, mean_accepted):
@@ -322,7 +323,12 @@ class Decoder:
 
 def span_bytes(model, start, stop):
     """Bytes of weights read by layers [start, stop) and the head for one token."""
-    return sum(w.nbytes for layer in model.layers[start:stop] for w in layer.parameters()) + model.norm.weight.nbytes + model.head.weight.nbytes
+    return sum(map(total_bytes, [*model.layers[start:stop], model.norm, model.head]))
+
+
+def total_bytes(module):
+    """Bytes of a module's weights with their scales; the caches are not among them."""
+    return sum(t.nbytes for t in module.state_dict().values())
 
 
 def acceptance(counts):
@@ -543,7 +549,7 @@ def main(argv=None):
         draft_model, _ = load(args.draft_checkpoint_path, args.device, args.precision)
     prompt = encode(tokenizer, model.config, args.prompt)
     decoder = make_decoder(args, model, draft_model, INTERACTIVE_ROWS if args.interactive else len(prompt) + args.max_new_tokens)
-    print(f"{path}: {sum(w.numel() for w in model.parameters()) / 1e6:.1f}M parameters, {model.config.n_layer} layers, {str(model.embed.weight.dtype)[6:]} on {args.device}")
+    print(f"{path}: {count_parameters(model.config) / 1e6:.1f}M parameters, {model.config.n_layer} layers, {model.config.quantization or str(model.embed.weight.dtype)[6:]} on {args.device}")
 
     room = decoder.rows - len(prompt) + 1
     if 0 < room < args.max_new_tokens and not args.interactive:

@@ -27,14 +27,17 @@ typedef float vec __attribute__((vector_size(W * 4), aligned(4)));
 typedef int32_t ivec __attribute__((vector_size(W * 4)));
 typedef uint16_t half_vec __attribute__((vector_size(W * 2), aligned(2)));
 typedef int8_t byte_vec __attribute__((vector_size(W), aligned(1)));
+typedef uint8_t ubyte_vec __attribute__((vector_size(W), aligned(1)));
 
 static inline vec load(const float* p) { return *(const vec*)p; }
 #if defined(__AVX512F__)  // GCC widens short vectors element by element unless told how
 static inline ivec widen(half_vec v) { return (ivec)_mm512_cvtepu16_epi32((__m256i)v); }
 static inline ivec widen(byte_vec v) { return (ivec)_mm512_cvtepi8_epi32((__m128i)v); }
+static inline ivec widen(ubyte_vec v) { return (ivec)_mm512_cvtepu8_epi32((__m128i)v); }
 #elif defined(__AVX2__)
 static inline ivec widen(half_vec v) { return (ivec)_mm256_cvtepu16_epi32((__m128i)v); }
 static inline ivec widen(byte_vec v) { return (ivec)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)v)); }
+static inline ivec widen(ubyte_vec v) { return (ivec)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)v)); }
 #else
 template <typename V> static inline ivec widen(V v) { return __builtin_convertvector(v, ivec); }
 #endif
@@ -93,17 +96,25 @@ static void team(F work) {
 #endif
 }
 
-// A weight (N, K): float32 or bfloat16, or int8 with a float32 scale for each row.
+// A weight (N, K): float32 or bfloat16; int8 with a float32 scale for each row; or int4, packed as quantize.py has it, with a
+// bfloat16 scale and zero for each group of G columns of a row.
 struct Matrix {
-  const void* data;
-  const float* scale;
+  const void *data, *scale = nullptr, *zero = nullptr;
   at::ScalarType type;
-  int64_t N, K;
+  int64_t N, K, G = 0;
 
-  Matrix(const at::Tensor& w, const std::optional<at::Tensor>& s)
-      : data(w.const_data_ptr()), scale(s ? s->const_data_ptr<float>() : nullptr), type(w.scalar_type()), N(w.size(0)), K(w.size(1)) {
-    TORCH_CHECK(w.dim() == 2 && w.is_contiguous() && (s ? type == at::kChar : type == at::kFloat || type == at::kBFloat16));
-    TORCH_CHECK(!s || (s->is_contiguous() && s->numel() == N));
+  Matrix(const at::Tensor& w, const std::optional<at::Tensor>& s, const std::optional<at::Tensor>& z)
+      : data(w.const_data_ptr()), type(w.scalar_type()), N(w.size(0)), K(w.size(1)) {
+    TORCH_CHECK(w.dim() == 2 && w.is_contiguous() && type == (z ? at::kByte : s ? at::kChar : type == at::kBFloat16 ? type : at::kFloat));
+    if (s) {
+      TORCH_CHECK(s->is_contiguous() && s->size(0) == N && s->scalar_type() == (z ? at::kBFloat16 : at::kFloat));
+      scale = s->const_data_ptr();
+    }
+    if (z) {
+      K *= 2, G = K / z->size(1);
+      TORCH_CHECK(z->is_contiguous() && z->sizes() == s->sizes() && z->scalar_type() == at::kBFloat16 && G % 32 == 0 && G * z->size(1) == K);
+      zero = z->const_data_ptr();
+    }
   }
 };
 
@@ -125,32 +136,57 @@ static void rows(const float* x, const Matrix& w, float* y, int64_t begin, int64
     for (int m = 0; m < M; m++) {
       float s = sum(acc[m]);
       for (int64_t j = k; j < K; j++) s = std::fma((float)row[j], x[m * K + j], s);
-      y[m * N + n] = w.scale ? s * w.scale[n] : s;
+      y[m * N + n] = w.scale ? s * ((const float*)w.scale)[n] : s;
     }
   }
 }
 
-template <typename T>
-static void product(const float* x, int64_t M, const Matrix& w, float* y, int64_t begin, int64_t end) {
-  for (; M > 8; M -= 8, x += 8 * w.K, y += 8 * w.N) rows<8, T>(x, w, y, begin, end);
-  switch (M) {
-    case 1: return rows<1, T>(x, w, y, begin, end);
-    case 2: return rows<2, T>(x, w, y, begin, end);
-    case 3: return rows<3, T>(x, w, y, begin, end);
-    case 4: return rows<4, T>(x, w, y, begin, end);
-    case 5: return rows<5, T>(x, w, y, begin, end);
-    case 6: return rows<6, T>(x, w, y, begin, end);
-    case 7: return rows<7, T>(x, w, y, begin, end);
-    case 8: return rows<8, T>(x, w, y, begin, end);
+// The same for int4: each weight is widened to the float that it stands for, once for all rows.
+template <int M>
+static void rows_int4(const float* x, const Matrix& w, float* y, int64_t begin, int64_t end) {
+  const int64_t N = w.N, K = w.K, groups = K / w.G;
+  for (int64_t n = begin; n < end; n++) {
+    const uint8_t* row = (const uint8_t*)w.data + n * K / 2;
+    vec acc[M] = {};
+    for (int64_t g = 0; g < groups; g++) {
+      float scale = ((const c10::BFloat16*)w.scale)[n * groups + g], zero = ((const c10::BFloat16*)w.zero)[n * groups + g];
+      vec low = vec{} + (zero - 8 * scale);
+      for (int64_t k = g * w.G; k < (g + 1) * w.G; k += 32) {
+        __builtin_prefetch((const char*)(row + k / 2) + 8192, 0, 2);
+        for (int part = 0; part < 16; part += W) {
+          ivec pair = widen(*(const ubyte_vec*)(row + k / 2 + part));
+          vec a = __builtin_convertvector(pair & 15, vec) * scale + low, b = __builtin_convertvector(pair >> 4, vec) * scale + low;
+          for (int m = 0; m < M; m++) acc[m] += a * load(x + m * K + k + part);
+          for (int m = 0; m < M; m++) acc[m] += b * load(x + m * K + k + part + 16);
+        }
+      }
+    }
+    for (int m = 0; m < M; m++) y[m * N + n] = sum(acc[m]);
+  }
+}
+
+template <int M>
+static void rows(const float* x, const Matrix& w, float* y, int64_t begin, int64_t end) {
+  switch (w.type) {
+    case at::kFloat: return rows<M, float>(x, w, y, begin, end);
+    case at::kBFloat16: return rows<M, c10::BFloat16>(x, w, y, begin, end);
+    case at::kChar: return rows<M, int8_t>(x, w, y, begin, end);
+    default: return rows_int4<M>(x, w, y, begin, end);
   }
 }
 
 // Columns [begin, end) of y (M, N) = x (M, K) times w (N, K) transposed.
 static void product(const float* x, int64_t M, const Matrix& w, float* y, int64_t begin, int64_t end) {
-  switch (w.type) {
-    case at::kFloat: return product<float>(x, M, w, y, begin, end);
-    case at::kBFloat16: return product<c10::BFloat16>(x, M, w, y, begin, end);
-    default: return product<int8_t>(x, M, w, y, begin, end);
+  for (; M > 8; M -= 8, x += 8 * w.K, y += 8 * w.N) rows<8>(x, w, y, begin, end);
+  switch (M) {
+    case 1: return rows<1>(x, w, y, begin, end);
+    case 2: return rows<2>(x, w, y, begin, end);
+    case 3: return rows<3>(x, w, y, begin, end);
+    case 4: return rows<4>(x, w, y, begin, end);
+    case 5: return rows<5>(x, w, y, begin, end);
+    case 6: return rows<6>(x, w, y, begin, end);
+    case 7: return rows<7>(x, w, y, begin, end);
+    case 8: return rows<8>(x, w, y, begin, end);
   }
 }
 
@@ -224,6 +260,8 @@ static void attend(const float* q, const T* k, const T* v, float* y, int64_t las
   for (int64_t c = 0; c < C; c++) y[c] = out[c] / norm;
 }
 
+using MaybeTensors = c10::List<std::optional<at::Tensor>>;
+
 // The layers of a model, one after the other, as Block in model.py has them.
 template <typename T>
 struct Layers {
@@ -284,15 +322,15 @@ struct Layers {
 };
 
 // x (B, L, D) at positions pos (L), cos and sin (L, 1, C/2) -> the same after the layers, whose keys and values go into the caches.
-// weights: for each layer its two norms (D) and the matrices qkv, out, gate_up, down with their scales if they are int8.
+// For each layer its two norms (D) and the matrices qkv, out, gate_up, down, see Matrix.
 template <typename T>
 static at::Tensor run_layers(const at::Tensor& x, const at::Tensor& pos, const at::Tensor& cos, const at::Tensor& sin, at::TensorList norms,
-                             at::TensorList weights, const c10::List<std::optional<at::Tensor>>& scales, at::TensorList k_caches, at::TensorList v_caches, double eps) {
+                             at::TensorList weights, const MaybeTensors& scales, const MaybeTensors& zeros, at::TensorList k_caches, at::TensorList v_caches, double eps) {
   Layers<T> s;
   const at::Tensor& cache = k_caches[0];
   s.B = x.size(0), s.L = x.size(1), s.M = s.B * s.L, s.D = x.size(2), s.G = cache.size(1), s.S = cache.size(2), s.C = cache.size(3);
   for (size_t i = 0; i < k_caches.size(); i++) {
-    auto matrix = [&](int j) { return Matrix(weights[4 * i + j], scales[4 * i + j]); };
+    auto matrix = [&](int j) { return Matrix(weights[4 * i + j], scales[4 * i + j], zeros[4 * i + j]); };
     TORCH_CHECK(k_caches[i].is_contiguous() && v_caches[i].is_contiguous() && k_caches[i].sizes() == cache.sizes() && v_caches[i].sizes() == cache.sizes());
     s.layers.push_back({norms[2 * i].const_data_ptr<T>(), norms[2 * i + 1].const_data_ptr<T>(), matrix(0), matrix(1), matrix(2), matrix(3),
                         k_caches[i].mutable_data_ptr<T>(), v_caches[i].mutable_data_ptr<T>()});
@@ -314,14 +352,14 @@ static at::Tensor run_layers(const at::Tensor& x, const at::Tensor& pos, const a
 }
 
 at::Tensor layers(const at::Tensor& x, const at::Tensor& pos, const at::Tensor& cos, const at::Tensor& sin, at::TensorList norms, at::TensorList weights,
-                  const c10::List<std::optional<at::Tensor>>& scales, at::TensorList k_caches, at::TensorList v_caches, double eps) {
+                  const MaybeTensors& scales, const MaybeTensors& zeros, at::TensorList k_caches, at::TensorList v_caches, double eps) {
   auto run = x.scalar_type() == at::kFloat ? run_layers<float> : run_layers<c10::BFloat16>;
-  return run(x, pos, cos, sin, norms, weights, scales, k_caches, v_caches, eps);
+  return run(x, pos, cos, sin, norms, weights, scales, zeros, k_caches, v_caches, eps);
 }
 
-// x (..., K) float32 or bfloat16 times w (N, K) transposed, see Matrix -> (..., N) of x's type.
-at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& scale) {
-  Matrix matrix(w, scale);
+// x (..., K) float32 or bfloat16 times w transposed, see Matrix -> (..., N) of x's type.
+at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& zero) {
+  Matrix matrix(w, scale, zero);
   int64_t M = x.numel() / matrix.K;
   TORCH_CHECK(x.size(-1) == matrix.K);
   auto shape = x.sizes().vec();
@@ -349,8 +387,8 @@ at::Tensor norm(const at::Tensor& x, const at::Tensor& w, double eps) {
 }
 
 TORCH_LIBRARY(layerskip, m) {
-  m.def("layers(Tensor x, Tensor pos, Tensor cos, Tensor sin, Tensor[] norms, Tensor[] weights, Tensor?[] scales, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, float eps) -> Tensor");
-  m.def("linear(Tensor x, Tensor w, Tensor? scale=None) -> Tensor");
+  m.def("layers(Tensor x, Tensor pos, Tensor cos, Tensor sin, Tensor[] norms, Tensor[] weights, Tensor?[] scales, Tensor?[] zeros, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, float eps) -> Tensor");
+  m.def("linear(Tensor x, Tensor w, Tensor? scale=None, Tensor? zero=None) -> Tensor");
   m.def("norm(Tensor x, Tensor w, float eps) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(layerskip, CPU, m) {

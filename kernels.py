@@ -65,7 +65,7 @@ def prepare():
     if _ready is None:
         try:
             torch.ops.load_library(build())
-            torch.library.register_fake("layerskip::linear", lambda x, w, scale=None: x.new_empty(*x.shape[:-1], w.shape[0]))
+            torch.library.register_fake("layerskip::linear", lambda x, w, scale=None, zero=None: x.new_empty(*x.shape[:-1], w.shape[0]))
             torch.library.register_fake("layerskip::layers", lambda x, *_: torch.empty_like(x))
             torch.library.register_fake("layerskip::norm", lambda x, w, eps: torch.empty_like(x))
             _ready = True
@@ -89,13 +89,14 @@ def backend(x, rows):
 # On CUDA: Triton kernels for the products, attention and the norm; the compiler fuses what lies between. Here too a row's
 # arithmetic is the same whatever goes with it: rows are padded to one size, splits of the cache are cut at fixed places.
 
-def gpu_linear(x, w, scale=None):
+def gpu_linear(x, w, scale=None, zero=None):
     """`linear` as one kernel that streams w once. x (..., K) with at most MAX_ROWS rows."""
-    N, K = w.shape
+    N, K = w.shape[0], x.shape[-1]
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], N)
-    block_n, block_k = 16 if N <= 8192 else 32, 512 // w.itemsize  # 8 or 16 KB of weights in each step
-    linear_kernel[triton.cdiv(N, block_n),](x, w, scale, y, x.numel() // K, N, K, MAX_ROWS, block_n, block_k, num_warps=4, num_stages=4)
+    block_n, block_k = 16 if N <= 8192 else 32, 512 // w.itemsize  # 8 or 16 KB of weights in each step (int4: half of it)
+    groupsize = 1 if zero is None else K // zero.shape[1]
+    linear_kernel[triton.cdiv(N, block_n),](x, w, scale, zero, y, x.numel() // K, N, K, groupsize, MAX_ROWS, block_n, block_k, num_warps=4, num_stages=4)
     return y
 
 
@@ -125,15 +126,22 @@ SPLIT = 256  # cache rows that one program attends to
 
 if triton:
     @triton.jit
-    def linear_kernel(x, w, scale, y, M, N, K, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    def linear_kernel(x, w, scale, zero, y, M, N, K, GROUPSIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
         m, n = tl.arange(0, ROWS), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             a = tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0)  # (ROWS, BLOCK_K)
-            b = tl.load(w + n[None, :] * K + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0)  # (BLOCK_K, BLOCK_N)
+            valid = (n < N)[None, :] & (k < K)[:, None]
+            if zero is None:
+                b = tl.load(w + n[None, :] * K + k[:, None], mask=valid, other=0)  # (BLOCK_K, BLOCK_N)
+            else:
+                byte = tl.load(w + n[None, :] * (K // 2) + (k // 32 * 16 + k % 16)[:, None], mask=valid, other=0)
+                group = n[None, :] * (K // GROUPSIZE) + (k // GROUPSIZE)[:, None]
+                q = ((byte >> (k % 32 // 16 * 4)[:, None].to(tl.uint8)) & 15).to(tl.float32) - 8
+                b = q * tl.load(scale + group, mask=valid, other=0).to(tl.float32) + tl.load(zero + group, mask=valid, other=0).to(tl.float32)
             acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
-        if scale is not None:
+        if scale is not None and zero is None:
             acc *= tl.load(scale + n, mask=n < N, other=0)[None, :]
         tl.store(y + m[:, None] * N + n[None, :], acc.to(y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
@@ -198,16 +206,24 @@ if triton:
 
 # The operations themselves.
 
-def linear(x, w, scale=None):
-    """x (..., T, K) times w (N, K) transposed: (..., T, N). w of x's dtype, or int8 with a float32 scale (N,) for its rows."""
+def linear(x, w, scale=None, zero=None):
+    """x (..., T, K) times w (N, K) transposed: (..., T, N). w of x's dtype; or int8 with scale (N,) float32 for its rows; or int4
+    as quantize.py packs it, (N, K / 2) uint8 with scale and zero (N, G) bfloat16 for the groups of its rows."""
     kind = backend(x, x.numel() // x.shape[-1])
     if kind == "cpu":
-        return torch.ops.layerskip.linear(x, w, scale)
+        return torch.ops.layerskip.linear(x, w, scale, zero)
     if kind == "cuda":
-        return gpu_linear(x, w, scale)
-    if scale is None:
-        return F.linear(x, w)
-    return (F.linear(x, w.to(x.dtype)) * scale).to(x.dtype)
+        return gpu_linear(x, w, scale, zero)
+    return F.linear(x, w if scale is None else dequantize(w, scale, zero, x.dtype))
+
+
+def dequantize(w, scale, zero, dtype):
+    """The weight (N, K) that `linear` multiplies with, in dtype, for quantized w, scale and zero."""
+    if zero is None:
+        return (w * scale[:, None]).to(dtype)
+    halves = torch.stack((w.view(len(w), -1, 16) & 15, w.view(len(w), -1, 16) >> 4), 2)  # (N, K / 32, 2, 16)
+    q = halves.view(*scale.shape, -1).to(torch.float32) - 8  # (N, G, groupsize)
+    return (q * scale[..., None].float() + zero[..., None].float()).flatten(1).to(dtype)
 
 
 def int8_rows(w):

@@ -8,8 +8,8 @@ import math
 import mmap
 import os
 import sys
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from quantize import GROUPSIZES, Linear
 
 
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # Llama 3's numbers
@@ -59,6 +60,8 @@ class ModelConfig:
     tied: bool = False  # the output head is the embedding
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    quantization: str | None = None  # of the layers' matrices and the head: None, "int8" or "int4" (quantize.py)
+    groupsize: int | None = None  # of int4
     source: str = ""  # where the weights came from, for people
 
     def __post_init__(self):
@@ -80,6 +83,8 @@ class ModelConfig:
         token = lambda x: isinstance(x, int) and 0 <= x < self.vocab_size
         need(self.bos_id is None or token(self.bos_id), "bos_id", "a token id, or None")
         need(isinstance(self.eos_ids, (list, tuple)) and all(map(token, self.eos_ids)), "eos_ids", "token ids")
+        need(self.quantization in (None, "int8", "int4"), "quantization", "None, int8 or int4")
+        need(self.groupsize in GROUPSIZES if self.quantization == "int4" else self.groupsize is None, "groupsize", "one of " + ", ".join(map(str, GROUPSIZES)) + " with int4, else None")
         self.eos_ids = tuple(self.eos_ids)
 
     @classmethod
@@ -134,22 +139,12 @@ class RMSNorm(nn.Module):
         return kernels.norm(x, self.weight, self.eps)
 
 
-class Linear(nn.Linear):
-    """A product without bias, on the kernels that suit the number of rows."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, x):
-        return kernels.linear(x, self.weight)
-
-
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.wqkv = Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
-        self.wo = Linear(self.heads * self.head_dim, config.dim)
+        self.wqkv = Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, config.quantization, config.groupsize)
+        self.wo = Linear(self.heads * self.head_dim, config.dim, config.quantization, config.groupsize)
         self.register_buffer("k_cache", None, persistent=False)  # (B, G, S, C)
         self.register_buffer("v_cache", None, persistent=False)  # (B, G, S, C)
 
@@ -174,8 +169,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.w13 = Linear(config.dim, 2 * config.intermediate_size)
-        self.w2 = Linear(config.intermediate_size, config.dim)
+        self.w13 = Linear(config.dim, 2 * config.intermediate_size, config.quantization, config.groupsize)
+        self.w2 = Linear(config.intermediate_size, config.dim, config.quantization, config.groupsize)
 
     def forward(self, x):
         gate, up = self.w13(x).chunk(2, dim=-1)
@@ -200,7 +195,8 @@ def run_layers(layers, x, pos, rope):
     matrices = [m for l in layers for m in (l.attention.wqkv, l.attention.wo, l.ffn.w13, l.ffn.w2)]
     norms = [n.weight for l in layers for n in (l.attention_norm, l.ffn_norm)]
     k_caches, v_caches = [l.attention.k_cache for l in layers], [l.attention.v_cache for l in layers]
-    return torch.ops.layerskip.layers(x, pos, *rope, norms, [m.weight for m in matrices], [None] * len(matrices), k_caches, v_caches, layers[0].attention_norm.eps)
+    weights, scales, zeros = ([getattr(m, part) for m in matrices] for part in ("weight", "scale", "zero"))
+    return torch.ops.layerskip.layers(x, pos, *rope, norms, weights, scales, zeros, k_caches, v_caches, layers[0].attention_norm.eps)
 
 
 class Transformer(nn.Module):
@@ -217,10 +213,14 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.head = Linear(config.dim, config.vocab_size)
-        if config.tied:
-            self.head.weight = self.embed.weight
+        self.head = Linear(config.dim, config.vocab_size, config.quantization and "int8")
+        self.tie()
         self.register_buffer("inv_freq", rope_frequencies(config), persistent=False)  # (C/2,), stays float32
+
+    def tie(self):
+        """Make the head the embedding, where the architecture has it so; quantized, the head is a copy of its own."""
+        if self.config.tied and not self.config.quantization:
+            self.head.weight = self.embed.weight
 
     def setup_caches(self, rows, batch=1):
         """See to KV caches of at least `rows` positions in every layer, in the weights' dtype and on their device."""
@@ -266,39 +266,65 @@ class Transformer(nn.Module):
         return self.head(self.norm(h))
 
 
-def expected_shapes(config: ModelConfig):
-    """Name and shape of every tensor in a checkpoint of this architecture."""
+def expected_tensors(config: ModelConfig):
+    """Name and meta tensor of everything in a checkpoint of this architecture; what is float32 here may have any floating type."""
     with torch.device("meta"):
         state = Transformer(config).state_dict()
-    return {name: tuple(t.shape) for name, t in state.items() if not (config.tied and name == "head.weight")}
+    return {name: t for name, t in state.items() if not (name == "head.weight" and config.tied and not config.quantization)}
+
+
+def count_parameters(config: ModelConfig):
+    """Numbers that the architecture has to learn, however they are stored."""
+    return sum(t.numel() for t in expected_tensors(replace(config, quantization=None, groupsize=None)).values())
 
 
 def check_state(state, config: ModelConfig, path):
     """Raise InputError, naming `path` and the first tensor at fault, unless `state` is exactly this architecture's."""
-    wanted = expected_shapes(config)
+    wanted = expected_tensors(config)
     for name in sorted(wanted.keys() ^ state.keys()):
         raise InputError(f"{path}: tensor {name} is {'missing' if name in wanted else 'not part of this architecture'}")
-    for name, shape in wanted.items():
-        if tuple(state[name].shape) != shape:
-            raise InputError(f"{path}: tensor {name} has shape {tuple(state[name].shape)}, the model's description wants {shape}")
+    for name, t in wanted.items():
+        if state[name].shape != t.shape:
+            raise InputError(f"{path}: tensor {name} has shape {tuple(state[name].shape)}, the model's description wants {tuple(t.shape)}")
+        if state[name].is_floating_point() != t.is_floating_point() or not t.is_floating_point() and state[name].dtype != t.dtype:
+            raise InputError(f"{path}: tensor {name} is {str(state[name].dtype)[6:]}, the model's description wants {str(t.dtype)[6:]}")
 
 
-def save_checkpoint(path, state, config: ModelConfig):
-    """Write `model.pth` and the `model.json` beside it, both whole or neither."""
+@contextmanager
+def saved(path, like, config: ModelConfig):
+    """Write `model.pth` and the `model.json` beside it, both whole or neither, without having all of it in memory.
+
+    like: {name: tensor} of the shapes and dtypes to come. Gives a dict of tensors to copy the values into, which are the file's.
+    """
     path = Path(path)
-    check_state(state, config, path)
+    check_state(like, config, path)
     description = path.with_suffix(".json")
     partial = {target: target.with_name(target.name + ".partial") for target in (description, path)}
     try:
-        partial[description].write_text(config.to_json())
-        torch.save(state, partial[path])
+        try:
+            partial[description].write_text(config.to_json())
+            with torch.serialization.skip_data():
+                torch.save({name: torch.empty(t.shape, dtype=t.dtype) for name, t in like.items()}, partial[path])
+            if hasattr(os, "posix_fallocate"):  # a full disk shows now, not as a fault of some page later
+                with open(partial[path], "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, partial[path].stat().st_size)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            raise InputError(f"{path}: can't be written ({str(error).splitlines()[0]})") from None
+        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+            result = torch.load(partial[path], mmap=True, weights_only=True)
+        yield result
         for target, written in partial.items():
             written.replace(target)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise InputError(f"{path}: can't be written ({str(error).splitlines()[0]})") from None
     finally:
         for written in partial.values():
             written.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, state, config: ModelConfig):
+    """Write the tensors of `state` as `model.pth`, and `model.json` beside it, both whole or neither."""
+    with saved(path, state, config) as result:
+        for name, t in state.items():
+            result[name].copy_(t)
 
 
 def read_state(path, device="cpu"):
@@ -353,28 +379,28 @@ def load_model(path, device="cpu", dtype=torch.float32):
     config = ModelConfig.load(path.with_suffix(".json"))
     check_state(state, config, path)
     model = empty_model(config, device, dtype, path)
-    for name, weight in model.named_parameters():
-        weight.copy_(state[name])
+    for name, t in model.state_dict().items():
+        if name in state:
+            t.copy_(state[name])
     return model
 
 
 def empty_model(config, device, dtype, what):
-    """A Transformer for inference whose weights are not set yet. Raises InputError if `what` doesn't fit into memory."""
+    """A Transformer for inference whose weights are not set yet; dtype is theirs where they are not quantized.
+
+    Raises InputError if `what` doesn't fit into memory.
+    """
     with torch.device("meta"):
         model = Transformer(config)
-    if config.tied:
-        model.head.weight = model.embed.weight
-    sizes = {name: -(-w.numel() * dtype.itemsize // 64) * 64 for name, w in model.named_parameters()}  # whole cache lines
-    check_memory(sum(sizes.values()), device, f"{what} in {str(dtype)[6:]}")
-    if torch.device(device).type == "cpu":
-        memory = huge_pages(sum(sizes.values()))
-    else:
-        memory = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=device)
-    parts = dict(zip(sizes, memory.split(list(sizes.values()))))
-    state = {name: parts[name][:w.numel() * dtype.itemsize].view(dtype).view(w.shape) for name, w in model.named_parameters()}
+    types = {name: dtype if isinstance(t, nn.Parameter) else t.dtype for name, t in model.state_dict(keep_vars=True).items()}
+    tensors = expected_tensors(config)
+    sizes = [-(-t.numel() * types[name].itemsize // 64) * 64 for name, t in tensors.items()]  # whole cache lines
+    check_memory(sum(sizes), device, f"{what} in {str(dtype)[6:]}")
+    on_cpu = torch.device(device).type == "cpu"
+    memory = huge_pages(sum(sizes)) if on_cpu else torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+    state = {name: part[:t.numel() * types[name].itemsize].view(types[name]).view(t.shape) for (name, t), part in zip(tensors.items(), memory.split(sizes))}
     model.load_state_dict(state, assign=True, strict=not config.tied)
-    if config.tied:
-        model.head.weight = model.embed.weight
+    model.tie()
     model.inv_freq = rope_frequencies(config).to(device)
     return model.eval().requires_grad_(False)
 

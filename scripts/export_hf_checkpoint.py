@@ -19,6 +19,8 @@ def export(path, out):
     if out.exists():
         raise InputError(f"--out {out}: exists already; name a new folder")
     state, config = read_state(path), ModelConfig.load(path.with_suffix(".json"))
+    if config.quantization:
+        raise InputError(f"--checkpoint_path {path}: is quantized ({config.quantization}); export the checkpoint that it was made from")
     check_state(state, config, path)
     query, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     rows = {3: (query, kv, kv), 2: (config.intermediate_size,) * 2}  # how the stacked matrices come apart

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# prepare.sh REPO: download a checkpoint from the Hugging Face hub to checkpoints/REPO and convert it.
-# REPO may also be a local folder in Hugging Face's layout: then it is converted where it is.
+# prepare.sh REPO [int8|int4]: download a checkpoint from the Hugging Face hub to checkpoints/REPO, convert it and, if asked to,
+# quantize it. REPO may also be a local folder in Hugging Face's layout: then it is converted where it is.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-[ $# -eq 1 ] || { echo "usage: $0 REPO (such as facebook/layerskip-llama2-7B, or a local folder)" >&2; exit 2; }
+case $#/${2:-} in 1/ | 2/int8 | 2/int4) ;; *) echo "usage: $0 REPO [int8|int4] (REPO: such as facebook/layerskip-llama2-7B, or a local folder)" >&2; exit 2 ;; esac
 python=${PYTHON:-python}
 [ -z "${PYTHON:-}" ] && [ -x "$here/../.venv/bin/python" ] && [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && python=$here/../.venv/bin/python
 folder=$1
@@ -12,3 +12,4 @@ if [ ! -d "$folder" ]; then
     folder=$here/../checkpoints/$1
 fi
 "$python" "$here/convert_hf_checkpoint.py" --checkpoint_dir "$folder"
+[ $# -eq 1 ] || "$python" "$here/../quantize.py" --checkpoint_path "$folder/model.pth" --mode "$2"

@@ -383,6 +383,8 @@ def train(args):
 
     torch.manual_seed(args.seed)
     base = load_model(args.checkpoint_path).requires_grad_(True).train() if args.checkpoint_path else None
+    if base and base.config.quantization:
+        raise InputError(f"--checkpoint_path {args.checkpoint_path}: is quantized ({base.config.quantization}); train the checkpoint that it was made from")
     if args.layers:
         base = restack(base, args.layers)
     args.out.mkdir(parents=True, exist_ok=True)

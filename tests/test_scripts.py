@@ -60,7 +60,7 @@ def test_the_documented_commands_run_word_for_word(hf_folder, tmp_path):
     """In a copy of the repository, where checkpoints/facebook/layerskip-llama2-7B is already downloaded (here: tiny)."""
     copy = tmp_path / "copy"
     copy.mkdir()
-    for name in ("model.py", "kernels.py", "kernels.cpp", "generate.py", "tokenizer.py"):
+    for name in ("model.py", "kernels.py", "kernels.cpp", "quantize.py", "generate.py", "tokenizer.py"):
         shutil.copy(ROOT / name, copy)
     shutil.copytree(ROOT / "scripts", copy / "scripts")
     source, _ = hf_folder("llama2")

@@ -1,0 +1,242 @@
+"""Weight-only quantization: the linear layer in each of its formats, and the command that quantizes a checkpoint.
+
+int8: symmetric, w[n, k] = q[n, k] scale[n], with q from -127 to 127.
+int4: asymmetric in groups of k, w[n, k] = (q[n, k] - 8) scale[n, g] + zero[n, g], with q from 0 to 15. Of every 32 weights of a row, byte j
+of 16 holds number j in its lower half and number j + 16 in its upper.
+
+Quantized are the matrices of the layers and the head, which is int8 in either mode: of it every token reads all, so it is worth it,
+and the choice of the token is most sensitive to it. The embedding, of which a token reads one row, and the norms stay as they are;
+so does the embedding's use where the head is tied to it: the head becomes an int8 copy.
+"""
+import argparse
+import mmap
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import kernels
+
+GROUPSIZES = (32, 64, 128, 256)
+
+
+class Linear(nn.Module):
+    """A product without bias, on the kernels that suit the number of rows. quantization: None, "int8" or "int4"; the latter
+    falls back to int8 where groupsize doesn't divide `inputs`."""
+
+    def __init__(self, inputs, outputs, quantization=None, groupsize=None):
+        super().__init__()
+        self.register_buffer("scale", None)
+        self.register_buffer("zero", None)
+        if quantization is None:
+            self.weight = nn.Parameter(torch.empty(outputs, inputs))
+            nn.init.normal_(self.weight, std=inputs ** -0.5)
+        elif quantization == "int8" or inputs % groupsize:
+            self.register_buffer("weight", torch.empty(outputs, inputs, dtype=torch.int8))
+            self.scale = torch.empty(outputs)
+        else:
+            self.register_buffer("weight", torch.empty(outputs, inputs // 2, dtype=torch.uint8))
+            self.scale, self.zero = (torch.empty(outputs, inputs // groupsize, dtype=torch.bfloat16) for _ in range(2))
+
+    def forward(self, x):
+        return kernels.linear(x, self.weight, self.scale, self.zero)
+
+
+def int4_range(w):
+    """The scale and zero, each (N, G) bfloat16, that fit w (N, G, groupsize): its smallest value becomes 0, its largest 15."""
+    low, high = w.float().aminmax(dim=-1)
+    scale = ((high - low) / 15).clamp(min=1e-8).to(torch.bfloat16)
+    return scale, (low + 8 * scale.float()).to(torch.bfloat16)
+
+
+def int4_round(w, scale, zero):
+    """q (...) uint8 whose value is nearest to w (...), for scale and zero that broadcast with it."""
+    return ((w.float() - zero.float()) / scale.float() + 8).round().clamp(0, 15).to(torch.uint8)
+
+
+def pack(q):
+    """q (N, K) uint8, 0 to 15, as bytes (N, K / 2) in the order of the file."""
+    low, high = q.view(len(q), -1, 2, 16).unbind(2)
+    return (low | high << 4).flatten(1)
+
+
+def int4_groups(w, groupsize):
+    """w (N, K) as (weight, scale, zero) in int4, each weight rounded to the nearest."""
+    groups = w.unflatten(1, (-1, groupsize))
+    scale, zero = int4_range(groups)
+    return pack(int4_round(groups, scale[..., None], zero[..., None]).flatten(1)), scale, zero
+
+
+def gptq(w, hessian, groupsize, act_order=False, damp=0.01):
+    """w (N, K) as (weight, scale, zero) in int4, rounded column by column, each column's error made up for by those that follow
+    (Frantar et al. 2210.17323, its Cholesky form).
+
+    hessian: (K, K), the sum of x x^T over calibration inputs x. act_order: columns in the order of their weight in the
+    Hessian, the ranges of the groups fixed beforehand; otherwise in their own order, each range chosen when its turn comes.
+    """
+    w, hessian = w.float().clone(), hessian.float().clone()
+    dead = hessian.diagonal() == 0  # inputs that never occurred
+    hessian.diagonal()[dead] = 1
+    hessian.diagonal().add_(damp * hessian.diagonal().mean())
+    order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(w.shape[1], device=w.device)
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order])), upper=True)
+    scale, zero = int4_range(w.unflatten(1, (-1, groupsize)))
+    q = torch.empty_like(w, dtype=torch.uint8)
+    w = w[:, order]
+    for start in range(0, w.shape[1], groupsize):  # a block at a time: the columns beyond it are updated once
+        columns = slice(start, start + groupsize)
+        if not act_order:
+            scale[:, start // groupsize], zero[:, start // groupsize] = int4_range(w[:, columns])
+        errors = torch.empty_like(w[:, columns])
+        for i in range(start, start + groupsize):
+            group = order[i] // groupsize
+            s, z = scale[:, group].float(), zero[:, group].float()
+            q[:, order[i]] = int4_round(w[:, i], s, z)
+            error = (w[:, i] - ((q[:, order[i]].float() - 8) * s + z)) / inverse[i, i]
+            w[:, i:start + groupsize] -= error[:, None] * inverse[i, i:start + groupsize]
+            errors[:, i - start] = error
+        w[:, start + groupsize:] -= errors @ inverse[columns, start + groupsize:]
+    return pack(q), scale, zero
+
+
+def quantize(w, quantization, groupsize, hessian=None, act_order=False):
+    """The tensors of a Linear {"weight", "scale", "zero"} for w (N, K), in the format that Linear chooses."""
+    if quantization == "int8" or w.shape[1] % groupsize:
+        return dict(zip(("weight", "scale"), kernels.int8_rows(w)))
+    tensors = int4_groups(w, groupsize) if hessian is None else gptq(w, hessian, groupsize, act_order)
+    return dict(zip(("weight", "scale", "zero"), tensors))
+
+
+def quantize_layer(state, config, groupsize, inputs, act_order):
+    """One layer by GPTQ. state: its tensors by their names in Block. inputs: hidden states (1, T, D), which come out quantized.
+
+    Returns the quantized tensors by their names; `inputs` are replaced by the quantized layer's outputs.
+    """
+    from model import Block
+    block = Block(replace(config, quantization=None)).requires_grad_(False)
+    block.load_state_dict({name: t.float() for name, t in state.items()})
+    hessians = {}
+
+    def observe(name):
+        def hook(module, args):
+            x = args[0].flatten(0, 1)
+            hessians[name] = hessians.get(name, 0) + x.T @ x
+        return hook
+
+    linears = {name: module for name, module in block.named_modules() if isinstance(module, Linear)}
+    hooks = [module.register_forward_pre_hook(observe(name)) for name, module in linears.items()]
+    for x, positions in inputs:
+        block(x, *positions)
+    for hook in hooks:
+        hook.remove()
+    out = {}
+    for name, module in linears.items():
+        tensors = quantize(module.weight, "int4", groupsize, hessians[name], act_order)
+        out |= {f"{name}.{part}": t for part, t in tensors.items()}
+        module.weight.copy_(kernels.dequantize(tensors["weight"], tensors["scale"], tensors.get("zero"), torch.float32))
+    for i, (x, positions) in enumerate(inputs):
+        inputs[i] = block(x, *positions), positions
+    return out
+
+
+@torch.inference_mode()
+def quantize_checkpoint(path, out, mode, groupsize, calibration=(), act_order=False):
+    """Write the quantized checkpoint `out` (and its description) of the checkpoint `path`, layer by layer, whole or not at all.
+
+    mode: "int8", "int4" or "int4-gptq", which wants calibration, a list of token ids (T,). Raises InputError.
+    """
+    from model import InputError, ModelConfig, Transformer, check_state, expected_tensors, read_state, saved
+    config, state = ModelConfig.load(path.with_suffix(".json")), read_state(path)
+    check_state(state, config, path)
+    if config.quantization:
+        raise InputError(f"--checkpoint_path {path}: is quantized already ({config.quantization}); give the checkpoint that it was made from")
+    quantization = mode.split("-")[0]
+    new = replace(config, quantization=quantization, groupsize=groupsize if quantization == "int4" else None)
+    wanted = expected_tensors(new)
+    coarse = sorted({name.split(".", 2)[-1] for name, t in wanted.items() if name.startswith("layers.") and t.dtype == torch.int8})
+    if quantization == "int4" and coarse:
+        if not any(t.dtype == torch.uint8 for t in wanted.values()):
+            raise InputError(f"--groupsize {groupsize}: divides the width of no matrix of {path}; take a smaller one, or --mode int8")
+        print(f"note: group size {groupsize} doesn't divide the width of {', '.join(coarse)}: left in int8")
+    dtype = state["embed.weight"].dtype
+
+    inputs = []
+    if mode == "int4-gptq":
+        whole = Transformer(replace(config, n_layer=1))  # for its embedding and positions
+        whole.embed.load_state_dict({"weight": state["embed.weight"].float()})
+        inputs = [(whole.embed(ids[None]), whole.positions(len(ids), None)) for ids in calibration]
+
+    def layer_state(i):
+        prefix = f"layers.{i}."
+        return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+
+    with saved(out, {name: t.to(dtype) if t.dtype == torch.float32 and not name.endswith("scale") else t for name, t in wanted.items()}, new) as result:
+        for i in tqdm(range(config.n_layer), desc=mode, unit="layer", disable=None):
+            tensors, matrices = layer_state(i), {}
+            if inputs:
+                matrices = quantize_layer(tensors, config, groupsize, inputs, act_order)
+            for name, t in tensors.items():
+                linear = name.removesuffix(".weight")
+                if f"layers.{i}.{linear}.scale" not in wanted:
+                    matrices[name] = t
+                elif not inputs:
+                    matrices |= {f"{linear}.{part}": q for part, q in quantize(t, quantization, groupsize).items()}
+            for name, t in matrices.items():
+                result[f"layers.{i}.{name}"].copy_(t)
+        for part, t in quantize(state["embed.weight" if config.tied else "head.weight"], "int8", None).items():
+            result[f"head.{part}"].copy_(t)
+        for name in ("embed.weight", "norm.weight"):
+            result[name].copy_(state[name])
+
+
+def calibration_windows(path, tokenizer, config, length, count):
+    """Token ids [(T,), ...] of a text file: `count` windows of `length`, evenly spread."""
+    from model import InputError
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--calibration {path}: can't be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+    ids = torch.tensor(tokenizer.encode(text))
+    length = min(length, config.context)
+    if len(ids) < 2 * length:
+        raise InputError(f"--calibration {path}: has {len(ids)} tokens; at least {2 * length} are needed")
+    count = min(count, len(ids) // length)
+    return [ids[start:start + length] for start in torch.linspace(0, len(ids) - length, count).long()]
+
+
+def main():
+    from model import InputError, ModelConfig, run_command
+    from tokenizer import Tokenizer
+
+    def run():
+        p = argparse.ArgumentParser(description="Quantize a checkpoint's weights. The result lies beside it, and generate.py takes it as any other.")
+        p.add_argument("--checkpoint_path", type=Path, required=True, help="model.pth of a prepared checkpoint")
+        p.add_argument("--mode", choices=["int8", "int4", "int4-gptq"], default="int8", help="int4-gptq calibrates on a text (default: %(default)s)")
+        p.add_argument("--groupsize", type=int, choices=GROUPSIZES, default=128, help="of int4: weights that share a scale (default: %(default)s)")
+        p.add_argument("--calibration", type=Path, metavar="FILE", help="text like what the model will write, for int4-gptq")
+        p.add_argument("--calibration_windows", type=int, default=64, help="pieces of it to use (default: %(default)s)")
+        p.add_argument("--calibration_length", type=int, default=512, help="tokens in each (default: %(default)s)")
+        p.add_argument("--act_order", action="store_true", help="int4-gptq: the most important columns first")
+        args = p.parse_args()
+        calibration = ()
+        if args.mode == "int4-gptq":
+            if not args.calibration:
+                raise InputError("--mode int4-gptq: needs --calibration, a text file like what the model will write")
+            if args.calibration_windows < 1 or args.calibration_length < 2:
+                raise InputError("--calibration_windows and --calibration_length: must be 1 and 2 or more")
+            config = ModelConfig.load(args.checkpoint_path.with_suffix(".json"))
+            calibration = calibration_windows(args.calibration, Tokenizer.load(args.checkpoint_path.parent), config, args.calibration_length, args.calibration_windows)
+        name = "int8" if args.mode == "int8" else f"{args.mode}.g{args.groupsize}"
+        out = args.checkpoint_path.with_name(f"{args.checkpoint_path.stem}_{name}.pth")
+        quantize_checkpoint(args.checkpoint_path, out, args.mode, args.groupsize, calibration, args.act_order)
+        before, after = args.checkpoint_path.stat().st_size, out.stat().st_size
+        print(f"wrote {out}: {after / 1e9:.3f} GB, {after / before:.0%} of {args.checkpoint_path.name}")
+
+    run_command(run)
+
+
+if __name__ == "__main__":
+    from quantize import main  # the module that model.py imports, and so the same classes
+    main()
