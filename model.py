@@ -3,6 +3,7 @@
 Shape letters: B sequences, T tokens in this call, S cache rows, V vocabulary, D model width,
 H query heads, G key/value heads, C head width, F feed-forward width, L layers.
 """
+import ctypes
 import json
 import math
 import mmap
@@ -382,7 +383,16 @@ def load_model(path, device="cpu", dtype=torch.float32):
     for name, t in model.state_dict().items():
         if name in state:
             t.copy_(state[name])
+            release(state[name])
     return model
+
+
+def release(mapped):
+    """Let go of the memory behind a tensor of a mapped file: until the file is closed it would count as this process's, beside
+    the copy that was made of it. Read again, it comes from the file."""
+    first, last = -(-mapped.data_ptr() // mmap.PAGESIZE), (mapped.data_ptr() + mapped.nbytes) // mmap.PAGESIZE
+    if sys.platform == "linux" and last > first:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first * mmap.PAGESIZE), ctypes.c_size_t((last - first) * mmap.PAGESIZE), mmap.MADV_DONTNEED)
 
 
 def empty_model(config, device, dtype, what):

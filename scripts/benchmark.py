@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 import kernels
 from generate import CHECKPOINTS, Decoder, Sampling, acceptance, encode, load, peak_memory_gb
-from model import InputError, ModelConfig, check_device, check_writable, empty_model, run_command
+from model import InputError, ModelConfig, RMSNorm, check_device, check_writable, empty_model, run_command
+from quantize import Linear
 
 # vocab_size, dim, n_layer, n_head, n_kv_head, head_dim, intermediate_size, context, tied
 SHAPES = {
@@ -35,14 +36,24 @@ SHAPES = {
 }
 
 
-def random_model(shape, first_idle, device, dtype):
+def random_model(shape, quantization, first_idle, device, dtype):
     """A model of one of SHAPES with random weights, whose layers from first_idle on add nothing to the hidden states."""
     vocab, dim, layers, heads, kv_heads, head_dim, ffn, context, tied = SHAPES[shape]
-    config = ModelConfig(vocab, dim, layers, heads, kv_heads, head_dim, ffn, context, tied=tied)
+    config = ModelConfig(vocab, dim, layers, heads, kv_heads, head_dim, ffn, context, tied=tied, quantization=quantization, groupsize=128 if quantization == "int4" else None)
     model = empty_model(config, device, dtype, f"--shape {shape}")
-    for name, weight in model.named_parameters():
-        idle = name.startswith("layers.") and int(name.split(".")[1]) >= first_idle and name.endswith(("wo.weight", "w2.weight"))
-        torch.nn.init.zeros_(weight) if idle else torch.nn.init.ones_(weight) if weight.dim() == 1 else torch.nn.init.normal_(weight, std=dim ** -0.5)
+    for norm in (m for m in model.modules() if isinstance(m, RMSNorm)):
+        norm.weight.fill_(1)
+    torch.nn.init.normal_(model.embed.weight, std=dim ** -0.5)
+    for name, linear in ((n, m) for n, m in model.named_modules() if isinstance(m, Linear)):
+        idle = name.startswith("layers.") and int(name.split(".")[1]) >= first_idle and name.endswith(("wo", "w2"))
+        std = 0 if idle else dim ** -0.5
+        if linear.scale is None:
+            torch.nn.init.normal_(linear.weight, std=std)
+        else:  # every value is as likely: those of int8 have a standard deviation of 74, those of int4 one of 4.6 and a mean of -1/2
+            linear.weight.random_(-128, 128) if linear.zero is None else linear.weight.random_(0, 256)
+            linear.scale.fill_(std / 74 if linear.zero is None else std / 4.6)
+            if linear.zero is not None:
+                linear.zero.copy_(linear.scale / 2)
     return model
 
 
@@ -116,6 +127,7 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--checkpoint_path", type=Path, default=CHECKPOINTS / "demo" / "model.pth")
     p.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead of a checkpoint")
+    p.add_argument("--quantization", choices=["int8", "int4"], help="of the weights (with --shape; a checkpoint says it itself)")
     p.add_argument("--acceptance", type=float, default=0.8, help="chance that a drafted token is right (with --shape)")
     p.add_argument("--prompts", type=Path, default=CHECKPOINTS / "demo" / "prompts.jsonl", help="JSONL file with a `prompt` in each line")
     p.add_argument("--prompt_tokens", type=int, default=128, help="length of the random prompts (with --shape)")
@@ -142,6 +154,8 @@ def parse_args(argv=None):
     for name in ("num_prompts", "repeats", "prompt_tokens", "max_new_tokens"):
         if getattr(args, name) < (2 if name == "max_new_tokens" else 1):
             raise InputError(f"--{name} {getattr(args, name)}: too few to time anything")
+    if args.quantization and not args.shape:
+        raise InputError("--quantization: is for --shape; quantize.py makes a quantized checkpoint")
     if not 0 <= args.acceptance <= 1:
         raise InputError(f"--acceptance {args.acceptance}: must be between 0 and 1")
     return args
@@ -156,7 +170,7 @@ def main():
         vocab, layers = SHAPES[args.shape][0], SHAPES[args.shape][2]
         args.early_exit = args.early_exit or [layers // 4]
         precision = args.precision or ("bfloat16" if args.device.startswith("cuda") else "float32")
-        model = random_model(args.shape, min(args.early_exit), args.device, getattr(torch, precision))
+        model = random_model(args.shape, args.quantization, min(args.early_exit), args.device, getattr(torch, precision))
         prompts = torch.randint(vocab, (args.num_prompts, args.prompt_tokens)).tolist()
         name, decoder_class = f"{args.shape} shape with random weights and synthetic acceptance {args.acceptance}", SpoiltDecoder
         SpoiltDecoder.acceptance = args.acceptance
@@ -205,7 +219,7 @@ def main():
             ideal_speedup=decoder.ideal_speedup(mean), mean_accepted=mean, acceptance_probs=probs,
             bandwidth_gb_per_s=used / 1e9, bandwidth_share=used / bandwidth, prefill_seconds=statistics.median(r["prefill"]),
             compile_seconds=r["compile_seconds"], same_text=r["texts"] == results[None]["texts"]))
-    print(f"\n{name}, {str(model.embed.weight.dtype)[6:]} on {args.device}, {'compiled' if args.compile else 'eager'}{', plain kernels' * args.plain_kernels}, "
+    print(f"\n{name}, {model.config.quantization or str(model.embed.weight.dtype)[6:]} on {args.device}, {'compiled' if args.compile else 'eager'}{', plain kernels' * args.plain_kernels}, "
           f"temperature {args.temperature}, {len(prompts)} prompts x {args.max_new_tokens} new tokens, median of {len(prompts) * args.repeats}")
     print(f"read bandwidth of this machine: {bandwidth / 1e9:.1f} GB/s; one full pass reads {decoders[None].bytes_per_round() / 1e6:.1f} MB of weights")
     if times:
