@@ -551,6 +551,9 @@ def main(argv=None):
     decoder = make_decoder(args, model, draft_model, INTERACTIVE_ROWS if args.interactive else len(prompt) + args.max_new_tokens)
     print(f"{path}: {count_parameters(model.config) / 1e6:.1f}M parameters, {model.config.n_layer} layers, {model.config.quantization or str(model.embed.weight.dtype)[6:]} on {args.device}")
 
+    with torch.inference_mode():
+        if model.config.quantization and not kernels.backend(model.embed.weight, 1):
+            print("note: there are no kernels for quantized weights here: they are widened for every token, which is slower than float weights")
     room = decoder.rows - len(prompt) + 1
     if 0 < room < args.max_new_tokens and not args.interactive:
         print(f"note: the context of {decoder.context} positions leaves room for {room} new tokens")

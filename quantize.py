@@ -9,7 +9,6 @@ and the choice of the token is most sensitive to it. The embedding, of which a t
 so does the embedding's use where the head is tied to it: the head becomes an int8 copy.
 """
 import argparse
-import mmap
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,12 +109,13 @@ def quantize(w, quantization, groupsize, hessian=None, act_order=False):
 
 
 def quantize_layer(state, config, groupsize, inputs, act_order):
-    """One layer by GPTQ. state: its tensors by their names in Block. inputs: hidden states (1, T, D), which come out quantized.
+    """One layer by GPTQ. state: its tensors by their names in Block. inputs: a list of what Block takes for a text, its hidden
+    states (1, T, D) and positions.
 
     Returns the quantized tensors by their names; `inputs` are replaced by the quantized layer's outputs.
     """
     from model import Block
-    block = Block(replace(config, quantization=None)).requires_grad_(False)
+    block = Block(config).requires_grad_(False).to(inputs[0][0].device)
     block.load_state_dict({name: t.float() for name, t in state.items()})
     hessians = {}
 
@@ -142,12 +142,12 @@ def quantize_layer(state, config, groupsize, inputs, act_order):
 
 
 @torch.inference_mode()
-def quantize_checkpoint(path, out, mode, groupsize, calibration=(), act_order=False):
+def quantize_checkpoint(path, out, mode, groupsize, calibration=(), act_order=False, device="cpu"):
     """Write the quantized checkpoint `out` (and its description) of the checkpoint `path`, layer by layer, whole or not at all.
 
-    mode: "int8", "int4" or "int4-gptq", which wants calibration, a list of token ids (T,). Raises InputError.
+    mode: "int8", "int4" or "int4-gptq", which wants calibration, a list of token ids (T,), and computes on `device`. Raises InputError.
     """
-    from model import InputError, ModelConfig, Transformer, check_state, expected_tensors, read_state, saved
+    from model import InputError, ModelConfig, Transformer, check_state, expected_tensors, read_state, release, saved
     config, state = ModelConfig.load(path.with_suffix(".json")), read_state(path)
     check_state(state, config, path)
     if config.quantization:
@@ -166,7 +166,8 @@ def quantize_checkpoint(path, out, mode, groupsize, calibration=(), act_order=Fa
     if mode == "int4-gptq":
         whole = Transformer(replace(config, n_layer=1))  # for its embedding and positions
         whole.embed.load_state_dict({"weight": state["embed.weight"].float()})
-        inputs = [(whole.embed(ids[None]), whole.positions(len(ids), None)) for ids in calibration]
+        whole.to(device)
+        inputs = [(whole.embed(ids[None].to(device)), whole.positions(len(ids), None)) for ids in calibration]
 
     def layer_state(i):
         prefix = f"layers.{i}."
@@ -185,6 +186,8 @@ def quantize_checkpoint(path, out, mode, groupsize, calibration=(), act_order=Fa
                     matrices |= {f"{linear}.{part}": q for part, q in quantize(t, quantization, groupsize).items()}
             for name, t in matrices.items():
                 result[f"layers.{i}.{name}"].copy_(t)
+            for t in tensors.values():
+                release(t)
         for part, t in quantize(state["embed.weight" if config.tied else "head.weight"], "int8", None).items():
             result[f"head.{part}"].copy_(t)
         for name in ("embed.weight", "norm.weight"):
@@ -207,7 +210,7 @@ def calibration_windows(path, tokenizer, config, length, count):
 
 
 def main():
-    from model import InputError, ModelConfig, run_command
+    from model import InputError, ModelConfig, check_device, run_command
     from tokenizer import Tokenizer
 
     def run():
@@ -219,18 +222,20 @@ def main():
         p.add_argument("--calibration_windows", type=int, default=64, help="pieces of it to use (default: %(default)s)")
         p.add_argument("--calibration_length", type=int, default=512, help="tokens in each (default: %(default)s)")
         p.add_argument("--act_order", action="store_true", help="int4-gptq: the most important columns first")
+        p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where int4-gptq computes (default here: %(default)s)")
         args = p.parse_args()
         calibration = ()
         if args.mode == "int4-gptq":
             if not args.calibration:
                 raise InputError("--mode int4-gptq: needs --calibration, a text file like what the model will write")
+            check_device(args.device)
             if args.calibration_windows < 1 or args.calibration_length < 2:
                 raise InputError("--calibration_windows and --calibration_length: must be 1 and 2 or more")
             config = ModelConfig.load(args.checkpoint_path.with_suffix(".json"))
             calibration = calibration_windows(args.calibration, Tokenizer.load(args.checkpoint_path.parent), config, args.calibration_length, args.calibration_windows)
         name = "int8" if args.mode == "int8" else f"{args.mode}.g{args.groupsize}"
         out = args.checkpoint_path.with_name(f"{args.checkpoint_path.stem}_{name}.pth")
-        quantize_checkpoint(args.checkpoint_path, out, args.mode, args.groupsize, calibration, args.act_order)
+        quantize_checkpoint(args.checkpoint_path, out, args.mode, args.groupsize, calibration, args.act_order, args.device)
         before, after = args.checkpoint_path.stat().st_size, out.stat().st_size
         print(f"wrote {out}: {after / 1e9:.3f} GB, {after / before:.0%} of {args.checkpoint_path.name}")
 

@@ -193,6 +193,13 @@ def test_quantized_checkpoints_are_neither_exported_nor_trained(quantized, tmp_p
         assert result.returncode == 1 and "is quantized (int8)" in result.stderr and "Traceback" not in result.stderr and not (tmp_path / "out").exists()
 
 
+def test_says_when_quantized_weights_are_slower(quantized, tmp_path):
+    for precision, slow in (("float32", False), ("float16", True)):  # the CPU's kernels know no float16
+        result = subprocess.run([sys.executable, ROOT / "generate.py", "--checkpoint_path", quantized("int8"), "--precision", precision, "--num_samples", "1",
+                                 "--max_new_tokens", "3", "--device", "cpu"], capture_output=True, text=True)
+        assert result.returncode == 0 and ("slower than float weights" in result.stdout) == slow, result.stderr
+
+
 def test_prepare_converts_and_quantizes(checkpoint_path, tmp_path):
     folder = shutil.copytree(checkpoint_path.parent, tmp_path / "hf", ignore=shutil.ignore_patterns("model*.pth", "model*.json"))
     env = {**os.environ, "PYTHON": sys.executable}
