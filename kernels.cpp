@@ -118,9 +118,16 @@ struct Matrix {
   }
 };
 
+// Ask for the weights that come soon. One row only waits for them: the nearest cache, 2 KB ahead. Several rows are multiplied
+// meanwhile, which the second cache, 8 KB ahead, gives the time for (measured on Zen 4; each is slower in the other's place).
+template <int M>
+static inline void prefetch(const void* p) {
+  if (M == 1) __builtin_prefetch((const char*)p + 2048);
+  else __builtin_prefetch((const char*)p + 8192, 0, 2);
+}
+
 // Columns [begin, end) of y[m, n] = scale[n] * sum over k of x[m, k] w[n, k]. Each (m, n) has one accumulator and one order of
-// additions, whatever M is. One weight row after the other, as side by side they hinder the processor's prefetching, which gets
-// help: the second cache is asked for what comes 8 KB later, so that memory goes on while several rows are multiplied.
+// additions, whatever M is. One weight row after the other, as side by side they hinder the processor's prefetching.
 template <int M, typename T>
 static void rows(const float* x, const Matrix& w, float* y, int64_t begin, int64_t end) {
   const int64_t N = w.N, K = w.K;
@@ -129,7 +136,7 @@ static void rows(const float* x, const Matrix& w, float* y, int64_t begin, int64
     vec acc[M] = {};
     int64_t k = 0;
     for (; k + W <= K; k += W) {
-      __builtin_prefetch((const char*)(row + k) + 8192, 0, 2);
+      prefetch<M>(row + k);
       vec v = load(row + k);
       for (int m = 0; m < M; m++) acc[m] += v * load(x + m * K + k);
     }
@@ -152,7 +159,7 @@ static void rows_int4(const float* x, const Matrix& w, float* y, int64_t begin, 
       float scale = ((const c10::BFloat16*)w.scale)[n * groups + g], zero = ((const c10::BFloat16*)w.zero)[n * groups + g];
       vec low = vec{} + (zero - 8 * scale);
       for (int64_t k = g * w.G; k < (g + 1) * w.G; k += 32) {
-        __builtin_prefetch((const char*)(row + k / 2) + 8192, 0, 2);
+        prefetch<M>(row + k / 2);
         for (int part = 0; part < 16; part += W) {
           ivec pair = widen(*(const ubyte_vec*)(row + k / 2 + part));
           vec a = __builtin_convertvector(pair & 15, vec) * scale + low, b = __builtin_convertvector(pair >> 4, vec) * scale + low;
