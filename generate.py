@@ -16,17 +16,15 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import kernels
+import tune
 from model import InputError, Transformer, check_device, check_writable, count_parameters, load_model, run_command
 from tokenizer import Tokenizer
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
-CALIBRATION_TOKENS, CALIBRATION_K = 64, 6  # of the text that auto decodes, and the longest draft that it considers
 INTERACTIVE_ROWS = 8192  # what --interactive provides for, of contexts that may be far longer
 
 
@@ -342,110 +340,6 @@ def acceptance(counts):
     return ([c / rounds for c in counts], sum(i * c for i, c in enumerate(counts)) / rounds) if rounds else ([], 0.0)
 
 
-# Which exit layer and draft length are fastest: how many rounds a text takes follows from one pass over it, and a round is timed.
-
-@torch.inference_mode()
-def exit_chances(decoder, prompt, text, exits):
-    """{exit: chances (len(text) - 1,)} that a token drafted there is accepted, for each token of a text but its first.
-
-    text: what plain decoding wrote after the prompt, ids both. A chance is the overlap sum(min(p, q)) of the draft's and the
-    target's distribution, given the text so far; at temperature 0 it is 1 or 0, whether the draft is the text's own token.
-    decoder: a self-speculative one of any exit, with rows for all of it.
-    """
-    model, sampling, chances = decoder.model, decoder.sampling, {}
-    x, hidden = torch.tensor([prompt + text[:-1]], device=decoder.pos.device), {}
-    for i in range(model.config.n_layer):
-        x = model(x, None, i, i + 1)
-        hidden[i + 1] = x[0, len(prompt):]  # where the drafts of text[1:] are made
-    q = sampling.distribution(model.logits(x[0, len(prompt):])) if sampling.temperature else None
-    for e in exits:
-        logits = decoder.draft_logits(hidden[e])
-        if q is None:
-            chances[e] = (logits.argmax(-1) == torch.tensor(text[1:], device=x.device)).double().tolist()
-        else:
-            chances[e] = torch.minimum(sampling.distribution(logits), q).sum(-1).clamp(max=1).tolist()
-    return chances
-
-
-def expected_counts(chances, k, tokens):
-    """Accept counts (K+1,), as `Stats` has them, to expect of decoding `tokens` tokens whose drafts are accepted with these chances.
-
-    A draft goes on from the text's own tokens as long as it is accepted, so a round accepts a run of positions. Where all
-    chances are 1 or 0 this is what decoding counts, if chances go k beyond the tokens, as its last round may.
-    """
-    starts, counts = [1.0] + [0.0] * (tokens + k), [0.0] * (k + 1)  # starts[i]: chance that a round starts from token i
-    for i in range(tokens - 1):
-        reached = starts[i]
-        for n in range(k + 1):
-            further = chances[i + n] if n < k and i + n < len(chances) else 0.0
-            counts[n] += reached * (1 - further)
-            starts[i + n + 1] += reached * (1 - further)
-            reached *= further
-    return counts
-
-
-def round_cost(decoder, plain, prompt, repeats=7, rounds=12):
-    """Time of a round after the prompt, in rounds of plain decoding: the median ratio of timings in turn, after one that compiles."""
-    ratios = []
-    for _ in range(repeats + 1):
-        seconds = []
-        for d in (plain, decoder):
-            for _ in d.generate(prompt, rounds * (d.K + 1)):
-                if sum(d.stats.accept_counts) == rounds:
-                    break
-            seconds.append(d.stats.decode_seconds / sum(d.stats.accept_counts))
-        ratios.append(seconds[1] / seconds[0])
-    return statistics.median(ratios[1:])
-
-
-def predict(build, prompts, tokens, exits, ks, timed_ks):
-    """{(exit, k): (speedup over plain decoding, accept counts)} to expect for every exit and k, tokens from each prompt.
-
-    build: function (exit layer or None for plain decoding, k) -> Decoder with rows for prompt, tokens and the largest k.
-    Decodes every prompt plainly, runs one pass over each text, and times rounds of timed_ks at the first and last exit; between
-    them the time is linear in the exit, and taken as linear in k. A progress bar shows the timings.
-    """
-    drafting, plain = build(exits[0], max(timed_ks)), build(None, 0)  # the largest caches first: all decoders are compiled for them
-    texts = [list(plain.generate(prompt, tokens + max(ks))) for prompt in prompts]
-    chances = [exit_chances(drafting, prompt, text, exits) for prompt, text in zip(prompts, texts)]
-    middle = prompts[0] + texts[0][:tokens // 2]  # a text of half the length costs what a text does on average
-    pairs = [(e, k) for e in sorted({exits[0], exits[-1]}) for k in timed_ks]
-    cost = {(e, k): round_cost(build(e, k), plain, middle) for e, k in tqdm(pairs, desc="timing", disable=None)}
-    result = {}
-    for e in exits:
-        share = (e - exits[0]) / max(exits[-1] - exits[0], 1)
-        for k in ks:
-            first, last = (np.interp(k, timed_ks, [cost[end, t] for t in timed_ks]) for end in (exits[0], exits[-1]))
-            lengths = [min(tokens, len(text)) for text in texts]
-            counts = [sum(c) for c in zip(*(expected_counts(chance[e], k, n) for chance, n in zip(chances, lengths)))]
-            result[e, k] = (sum(lengths) - len(lengths)) / (sum(counts) * ((1 - share) * first + share * last)), counts
-    return result
-
-
-def tuned_path(checkpoint):
-    """Where scripts/sweep.py keeps the fastest settings of a checkpoint: model.tune.json beside model.pth."""
-    return Path(checkpoint).with_suffix(".tune.json")
-
-
-def tuning_key(model, compile):
-    """What a fastest setting holds for: the device's name, the precision, and whether decoding is compiled."""
-    weight = model.embed.weight
-    device = torch.cuda.get_device_name(weight.device) if weight.device.type == "cuda" else weight.device.type
-    return dict(device=device, precision=str(weight.dtype)[6:], compile=compile)
-
-
-def read_tuned(checkpoint):
-    """The settings kept beside a checkpoint, a list of the fields of `tuning_key` with exit_layer (None: plain) and k; [] if there are none."""
-    path = tuned_path(checkpoint)
-    try:
-        entries = json.loads(path.read_text()) if path.is_file() else []
-        for entry in entries:
-            [entry[name] for name in ("device", "precision", "compile", "exit_layer", "k")]
-        return entries
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: not the settings that scripts/sweep.py writes ({error}); delete it, or run the sweep again") from None
-
-
 def peak_memory_gb(device):
     """Peak memory of this process in 1e9 bytes: allocated on the GPU, or resident on the CPU."""
     if torch.device(device).type == "cuda":
@@ -613,25 +507,14 @@ def make_decoder(args, model, draft_model, rows):
 
 def settle_auto(args, path, model, prompt):
     """Replace auto in the arguments by the fastest exit layer and draft length; by plain decoding if that is faster. Says which, and how it knows."""
-    known = [t for t in read_tuned(path) if all(t[name] == value for name, value in tuning_key(model, args.compile).items())]
-    if known and args.early_exit == args.speculate_k == "auto":
-        exit_layer, k, why = known[-1]["exit_layer"], known[-1]["k"], f"stored in {tuned_path(path)}"
-    else:
-        exits = list(range(1, max(model.config.n_layer, 2))) if args.early_exit == "auto" else [model.config.default_exit if args.early_exit is None else args.early_exit]
-        ks = list(range(1, CALIBRATION_K + 1)) if args.speculate_k == "auto" else [args.speculate_k]
-        tokens = min(CALIBRATION_TOKENS, model.config.context - len(prompt) + 1)
-        if tokens < 2:
-            raise InputError(f"auto: the prompt's {len(prompt)} tokens leave no room to calibrate in; name --early_exit and --speculate_k")
+    exits, ks = (None if value == "auto" else value for value in (model.config.default_exit if args.early_exit is None else args.early_exit, args.speculate_k))
 
-        def build(exit_layer, k):
-            own = argparse.Namespace(**{**vars(args), "self_speculative": exit_layer is not None, "early_exit": exit_layer, "speculate_k": k})
-            return make_decoder(own, model, None, len(prompt) + tokens + ks[-1])
+    def build(exit_layer, k, rows):
+        own = argparse.Namespace(**{**vars(args), "self_speculative": exit_layer is not None, "early_exit": exit_layer, "speculate_k": k})
+        return make_decoder(own, model, None, rows)
 
-        predicted = predict(build, [prompt], tokens, exits, ks, sorted({ks[0], ks[-1]}))
-        exit_layer, k = max(predicted, key=lambda setting: predicted[setting][0])
-        why = f"calibrated, {predicted[exit_layer, k][0]:.2f}x of plain decoding expected"
-        if predicted[exit_layer, k][0] <= 1:
-            exit_layer = None
+    key = tune.key(model, args.compile, args.temperature)
+    exit_layer, k, why = tune.stored(path, key) if exits is ks is None and tune.stored(path, key) else tune.calibrate(build, model, prompt, exits, ks)
     args.self_speculative, args.early_exit, args.speculate_k = exit_layer is not None, exit_layer, k
     print(f"auto: {f'--early_exit {exit_layer} --speculate_k {k}' if args.self_speculative else 'plain decoding, which no draft beats'} ({why})")
 

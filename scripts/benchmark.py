@@ -6,7 +6,6 @@ known model's shape, in which layers from the smallest exit on contribute nothin
 that it is spoilt with probability 1 - --acceptance. The bytes and kernels are those of the real model; the acceptance is
 synthetic, and so is the text.
 """
-import argparse
 import json
 import platform
 import statistics
@@ -19,8 +18,9 @@ import torch
 from tqdm import tqdm
 
 import kernels
-from generate import CHECKPOINTS, Decoder, Sampling, acceptance, encode, load, peak_memory_gb
-from model import InputError, ModelConfig, RMSNorm, check_device, check_writable, empty_model, run_command
+import tasks
+from generate import Decoder, acceptance, load, peak_memory_gb
+from model import InputError, ModelConfig, RMSNorm, check_writable, empty_model, run_command
 from quantize import Linear
 
 # vocab_size, dim, n_layer, n_head, n_kv_head, head_dim, intermediate_size, context, tied
@@ -68,23 +68,6 @@ class SpoiltDecoder(Decoder):
         return hidden, torch.where(torch.rand((), device=token.device) < self.acceptance, token, spoilt), probs
 
 
-def read_prompts(path):
-    """The `prompt` fields of a JSONL file. Raises InputError naming the line at fault."""
-    try:
-        lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts {path}: can't be read ({getattr(error, 'strerror', None) or error})") from None
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            prompts.append(json.loads(line)["prompt"])
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"--prompts {path}, line {number}: not a JSON object with a 'prompt'") from None
-    if not prompts:
-        raise InputError(f"--prompts {path}: is empty")
-    return prompts
-
-
 def read_bandwidth(device):
     """Bytes per second that this machine reads from memory: the median of sums over 512 MB (8 GB on a GPU), far beyond any cache."""
     x = torch.ones(2**27 if torch.device(device).type == "cpu" else 2**31, device=device)
@@ -98,6 +81,21 @@ def read_bandwidth(device):
 
 def bars(probs, width=40):
     return "\n".join(f"  {i} {'█' * round(p * width)} {p:.1%}" for i, p in enumerate(probs))
+
+
+def by_position(counts):
+    """Share of rounds that accepted draft i, of those that accepted all before it, from accept counts."""
+    return [sum(counts[i + 1:]) / reached if (reached := sum(counts[i:])) else 0.0 for i in range(len(counts) - 1)]
+
+
+def label(row):
+    return f"self-speculative E={row['exit_layer']} K={row['k']}" if row["k"] else "plain"
+
+
+def text_of(tokenizer, prompt, ids, eos_ids):
+    """The text of new ids up to the first of eos_ids, as it stands after the prompt."""
+    end = next((i for i, token in enumerate(ids) if token in eos_ids), len(ids))
+    return tokenizer.decode(prompt + ids[:end])[len(tokenizer.decode(prompt)):]
 
 
 def pass_times(model, rows, compile, repeats=9):
@@ -124,38 +122,29 @@ def pass_times(model, rows, compile, repeats=9):
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--checkpoint_path", type=Path, default=CHECKPOINTS / "demo" / "model.pth")
-    p.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead of a checkpoint")
-    p.add_argument("--quantization", choices=["int8", "int4"], help="of the weights (with --shape; a checkpoint says it itself)")
-    p.add_argument("--acceptance", type=float, default=0.8, help="chance that a drafted token is right (with --shape)")
-    p.add_argument("--prompts", type=Path, default=CHECKPOINTS / "demo" / "prompts.jsonl", help="JSONL file with a `prompt` in each line")
-    p.add_argument("--prompt_tokens", type=int, default=128, help="length of the random prompts (with --shape)")
-    p.add_argument("--num_prompts", type=int, default=4, help="use the first of them")
-    p.add_argument("--max_new_tokens", type=int, default=256, help="per prompt; EOS doesn't end a text here, so that all are equally long")
+    p = tasks.parser(__doc__)
     p.add_argument("--early_exit", "--exit_layer", type=int, nargs="+", help="exit layers to try (default: a quarter of the layers)")
     p.add_argument("--speculate_k", "--num_speculations", type=int, nargs="+", default=[3], help="draft lengths to try")
-    p.add_argument("--draft_head", choices=["int8", "full"], default="int8", help="what drafts are chosen with: a copy of the output head in int8, or the head itself")
     p.add_argument("--repeats", type=int, default=3, help="timed passes over the prompts")
     p.add_argument("--pass_rows", type=int, default=0, help="also time one full pass over 1 to this many rows")
-    p.add_argument("--temperature", type=float, default=0.0)
-    p.add_argument("--top_k", type=int)
-    p.add_argument("--top_p", type=float, default=1.0)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--precision", choices=["bfloat16", "float16", "float32"])
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    p.add_argument("--score", action="store_true", help="also say how close the texts come to the task's references (needs scripts/requirements.txt)")
     p.add_argument("--plain_kernels", action="store_true", help="leave this engine's kernels out, plain decoding's too: PyTorch's own instead")
     p.add_argument("--json", metavar="FILE", help="write everything measured as one line of JSON; - means the last line of the output")
+    g = p.add_argument_group("random weights of a known shape")
+    g.add_argument("--shape", choices=SHAPES, help="instead of a checkpoint and a task")
+    g.add_argument("--quantization", choices=["int8", "int4"], help="of the weights (a checkpoint says it itself)")
+    g.add_argument("--acceptance", type=float, default=0.8, help="chance that a drafted token is right")
+    g.add_argument("--prompt_tokens", type=int, default=128, help="length of the random prompts")
     args = p.parse_args(argv)
-    check_device(args.device)
     if args.json and args.json != "-":
         check_writable("--json", args.json)
-    for name in ("num_prompts", "repeats", "prompt_tokens", "max_new_tokens"):
-        if getattr(args, name) < (2 if name == "max_new_tokens" else 1):
-            raise InputError(f"--{name} {getattr(args, name)}: too few to time anything")
+    for name in ("repeats", "prompt_tokens"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)}: must be 1 or more")
     if args.quantization and not args.shape:
         raise InputError("--quantization: is for --shape; quantize.py makes a quantized checkpoint")
+    if args.score and args.shape:
+        raise InputError("--score: random weights write nothing worth comparing; name a checkpoint")
     if not 0 <= args.acceptance <= 1:
         raise InputError(f"--acceptance {args.acceptance}: must be between 0 and 1")
     return args
@@ -164,6 +153,7 @@ def parse_args(argv=None):
 @torch.inference_mode()
 def main():
     args = parse_args()
+    sampling = tasks.check(args)
     torch.manual_seed(args.seed)
     kernels.enabled = not args.plain_kernels
     if args.shape:
@@ -177,10 +167,11 @@ def main():
     else:
         model, tokenizer = load(args.checkpoint_path, args.device, args.precision)
         args.early_exit = args.early_exit or [model.config.default_exit]
-        prompts = [encode(tokenizer, model.config, text) for text in read_prompts(args.prompts)[:args.num_prompts]]
+        examples, prompts = tasks.load_prompts(args, model, tokenizer)
+        if args.score and any(example.reference is None for example in examples):
+            raise InputError(f"--score: --task {args.task} has prompts without a reference")
         name, decoder_class = str(args.checkpoint_path), Decoder
     settings = [None] + [(e, k) for e in args.early_exit for k in args.speculate_k]
-    sampling = Sampling(args.temperature, args.top_k, args.top_p)
     bandwidth = read_bandwidth(args.device)
     times = pass_times(model, args.pass_rows, args.compile) if args.pass_rows else []
     rows = max(map(len, prompts)) + args.max_new_tokens
@@ -212,33 +203,42 @@ def main():
         decoder, counts = decoders[setting], [sum(c) for c in zip(*r["counts"])]
         probs, mean = acceptance(counts)
         seconds = sum((len(t) - 1) / rate for t, rate in zip(r["texts"], r["rates"]))
+        ratios = [a / b for a, b in zip(r["rates"], results[None]["rates"])]
+        low, high = tasks.interval(ratios)
         used = sum(counts) * decoder.bytes_per_round() / seconds
         table.append(dict(
-            exit_layer=setting and setting[0], k=decoder.K, tokens_per_second=statistics.median(r["rates"]),
-            speedup=statistics.median(a / b for a, b in zip(r["rates"], results[None]["rates"])),
-            ideal_speedup=decoder.ideal_speedup(mean), mean_accepted=mean, acceptance_probs=probs,
+            exit_layer=setting and setting[0], k=decoder.K, tokens_per_second=statistics.median(r["rates"]), ms_per_token=1e3 / statistics.median(r["rates"]),
+            speedup=statistics.median(ratios), speedup_low=low, speedup_high=high, ideal_speedup=decoder.ideal_speedup(mean),
+            mean_accepted=mean, acceptance_probs=probs, acceptance_by_position=by_position(counts),
             bandwidth_gb_per_s=used / 1e9, bandwidth_share=used / bandwidth, prefill_seconds=statistics.median(r["prefill"]),
             compile_seconds=r["compile_seconds"], same_text=r["texts"] == results[None]["texts"]))
+        if args.score:  # a text ends at the first EOS, which decoding went beyond
+            texts = [text_of(tokenizer, prompt, ids, model.config.eos_ids) for prompt, ids in zip(prompts * args.repeats, r["texts"])]
+            table[-1]["scores"] = tasks.score(texts, [example.reference for example in examples] * args.repeats)
     print(f"\n{name}, {model.config.quantization or str(model.embed.weight.dtype)[6:]} on {args.device}, {'compiled' if args.compile else 'eager'}{', plain kernels' * args.plain_kernels}, "
           f"temperature {args.temperature}, {len(prompts)} prompts x {args.max_new_tokens} new tokens, median of {len(prompts) * args.repeats}")
     print(f"read bandwidth of this machine: {bandwidth / 1e9:.1f} GB/s; one full pass reads {decoders[None].bytes_per_round() / 1e6:.1f} MB of weights")
     if times:
         print("one full pass over M rows: " + ", ".join(f"{m}: {1e3 * t:.2f} ms ({t / times[0]:.2f}x)" for m, t in enumerate(times, 1)))
     print()
-    print("decoding                 tokens/s  speedup  ideal  accepted  GB/s (share)")
+    print("decoding                 tokens/s  ms/token  speedup (95% interval)  ideal  accepted  GB/s (share)")
     for row in table:
-        name = f"self-speculative E={row['exit_layer']} K={row['k']}" if row["k"] else "plain"
-        print(f"{name:23s} {row['tokens_per_second']:9.1f}  {row['speedup']:6.2f}x {row['ideal_speedup']:5.2f}x {row['mean_accepted']:9.2f}  "
+        print(f"{label(row):23s} {row['tokens_per_second']:9.1f} {row['ms_per_token']:9.2f}  {row['speedup']:6.2f}x ({row['speedup_low']:.2f} to {row['speedup_high']:.2f}) {row['ideal_speedup']:5.2f}x {row['mean_accepted']:9.2f}  "
               f"{row['bandwidth_gb_per_s']:5.1f} ({row['bandwidth_share']:.0%})")
     best = max(table[1:], key=lambda row: row["speedup"])
-    print(f"\ndrafted tokens accepted per round at E={best['exit_layer']} K={best['k']}:\n{bars(best['acceptance_probs'])}\n")
+    print(f"\ndrafted tokens accepted per round at E={best['exit_layer']} K={best['k']}:\n{bars(best['acceptance_probs'])}")
+    print("accepted, of those whose predecessors were, by position: " + ", ".join(f"{share:.0%}" for share in best["acceptance_by_position"]) + "\n")
+    if args.score:
+        for row in table:
+            print(f"{label(row):23s} " + ", ".join(f"{name} {value:.3f}" for name, value in row["scores"].items()))
+        print()
     if args.temperature == 0:
         print("text: " + ("the same, token for token" if all(row["same_text"] for row in table) else "DIFFERS between plain and speculative decoding"))
     if best["speedup"] <= 1:
         print(f"speculation loses here: its best setting reaches {best['speedup']:.2f}x of plain decoding's {plain:.1f} tokens/s")
     memory = peak_memory_gb(args.device)
     print(f"compilation {sum(row['compile_seconds'] for row in table):.1f} s in all, peak memory {memory:.2f} GB")
-    line = json.dumps(dict(settings={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, table=table, memory_gb=memory, pass_seconds=times,
+    line = json.dumps(dict(settings=tasks.settings(args), table=table, memory_gb=memory, pass_seconds=times,
                            read_bandwidth_gb_per_s=bandwidth / 1e9, torch=torch.__version__, python=platform.python_version(),
                            threads=torch.get_num_threads(), machine=platform.machine()))
     if args.json == "-":

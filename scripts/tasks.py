@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import numpy as np
 import torch
 
 from generate import CHECKPOINTS, Sampling, encode
@@ -199,6 +200,12 @@ def load_prompts(args, model, tokenizer, spare=0):
 def settings(args):
     """The options as JSON can hold them."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+
+
+def interval(ratios, draws=2000):
+    """95% bootstrap interval (low, high) of the median of ratios."""
+    sample = np.random.default_rng(0).choice(ratios, (draws, len(ratios)))
+    return tuple(np.percentile(np.median(sample, axis=1), (2.5, 97.5)).tolist())
 
 
 class Results:

@@ -60,7 +60,7 @@ def test_the_documented_commands_run_word_for_word(hf_folder, tmp_path):
     """In a copy of the repository, where checkpoints/facebook/layerskip-llama2-7B is already downloaded (here: tiny)."""
     copy = tmp_path / "copy"
     copy.mkdir()
-    for name in ("model.py", "kernels.py", "kernels.cpp", "quantize.py", "generate.py", "tokenizer.py"):
+    for name in ("model.py", "kernels.py", "kernels.cpp", "quantize.py", "generate.py", "tokenizer.py", "tune.py"):
         shutil.copy(ROOT / name, copy)
     shutil.copytree(ROOT / "scripts", copy / "scripts")
     source, _ = hf_folder("llama2")
@@ -98,7 +98,7 @@ def test_more_than_one_process_is_refused_in_one_line(checkpoint):
 
 def test_benchmark(checkpoint, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "def f1(x)"}\n{"prompt": "return"}\n')
-    command = (f"python scripts/benchmark.py --checkpoint_path {checkpoint('llama2')} --prompts {tmp_path}/prompts.jsonl --max_new_tokens 20 --early_exit 1 2 "
+    command = (f"python scripts/benchmark.py --checkpoint_path {checkpoint('llama2')} --task {tmp_path}/prompts.jsonl --max_new_tokens 20 --early_exit 1 2 "
                f"--speculate_k 2 --repeats 2 --no-compile --json {tmp_path}/out.json")
     result = shell(command)
     assert result.returncode == 0, result.stderr
