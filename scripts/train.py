@@ -174,17 +174,17 @@ def window(ids, index, context, seed):
 
 
 @torch.inference_mode()
-def evaluate(model, ids, context, batch_size, max_tokens, amp, device):
-    """Loss and agreement of every exit on consecutive windows of the validation ids.
+def evaluate(model, ids, context, batch_size, max_tokens, amp, device, reference=None):
+    """Loss and agreement of every exit on consecutive windows of the validation ids. A progress bar shows where it is.
 
     Returns (losses (L,) in nats per token, agreement (L,): share of positions where the exit's greedy token is the
-    last layer's, tokens counted).
+    last layer's, or that of another model, the reference; tokens counted).
     """
     count = min((len(ids) - 1) // context, max(1, max_tokens // context))
     starts = torch.linspace(0, len(ids) - 1 - context, count).long()
     n_layer = model.config.n_layer
     losses, agreement = torch.zeros(n_layer, dtype=torch.float64), torch.zeros(n_layer, dtype=torch.float64)
-    for chunk in starts.split(batch_size):
+    for chunk in tqdm(starts.split(batch_size), desc="evaluating", leave=False, disable=None):
         batch = torch.stack([ids[s:s + context + 1] for s in chunk.tolist()]).long().to(device)
         exits = []
         with amp:
@@ -194,8 +194,9 @@ def evaluate(model, ids, context, batch_size, max_tokens, amp, device):
                 logits = model.logits(x).float()
                 losses[i] += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
                 exits.append(logits.argmax(-1))
+            wanted = reference.logits(reference(batch[:, :-1])).argmax(-1) if reference else exits[-1]
         for i, choice in enumerate(exits):
-            agreement[i] += (choice == exits[-1]).sum().item()
+            agreement[i] += (choice == wanted).sum().item()
     total = count * context
     return losses / total, agreement / total, total
 
