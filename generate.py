@@ -36,8 +36,8 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if not self.temperature >= 0:
-            raise InputError(f"--temperature {self.temperature}: must be 0 (argmax) or more")
+        if not (self.temperature == 0 or 1e-4 <= self.temperature < torch.inf):  # below, float32 can't hold what logits become
+            raise InputError(f"--temperature {self.temperature}: must be 0 (argmax), or 0.0001 or more")
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"--top_k {self.top_k}: must be 1 or more")
         if not 0 < self.top_p <= 1:
@@ -47,8 +47,8 @@ class Sampling:
         """Probabilities (..., V), float32, that tokens are drawn from, given logits (..., V) of any dtype. temperature > 0."""
         logits = logits.float() / self.temperature
         if self.top_k is not None:
-            least = logits.topk(min(self.top_k, logits.shape[-1])).values[..., -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
+            kept = logits.topk(min(self.top_k, logits.shape[-1]))
+            logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)  # no more than k, where some are equal
         probs = logits.softmax(-1)
         if self.top_p < 1:
             ranked, order = probs.sort(descending=True, dim=-1)
@@ -351,31 +351,35 @@ class Text:
     """Turns a stream of ids into text: `push(id)` returns the text that has become certain, `flush` the rest.
 
     Holds back what a following id could still change: half a character, or the beginning of a stop string. After a stop
-    string `stopped` is true, and the text ends before it.
+    string `stopped` is true, and the text ends before it. Each id costs the same, however long the text is.
     """
 
     def __init__(self, tokenizer, prompt=(), stop=()):
-        self.tokenizer, self.stop, self.ids = tokenizer, stop, list(prompt)
-        self.start = self.shown = len(tokenizer.decode(self.ids))
-        self.stopped = False
+        self.tokenizer, self.stop = tokenizer, stop
+        self.ids = list(prompt[-4:])  # what is decoded together with new ids: how a token reads can depend on what precedes it
+        self.known = len(self.ids)  # of these, those whose text has been taken
+        self.held, self.stopped = "", False
 
     def push(self, token):
         self.ids.append(token)
-        text = self.tokenizer.decode(self.ids)
-        found = [at for s in self.stop if (at := text.find(s, self.start)) >= 0]
-        if found:
-            self.stopped = True
-            return self._show(text[:min(found)])
-        held = max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        text = text[:len(text) - held]
-        return self._show(text.rstrip("\ufffd"))
+        new = self._new()
+        if new.endswith("\ufffd"):
+            return ""
+        self.ids, self.known = self.ids[self.known:], len(self.ids) - self.known
+        self.held += new
+        found = [at for s in self.stop if (at := self.held.find(s)) >= 0]
+        self.stopped = bool(found)
+        beginning = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        certain = min(found, default=len(self.held) - beginning)
+        text, self.held = self.held[:certain], self.held[certain:]
+        return text
 
     def flush(self):
-        return "" if self.stopped else self._show(self.tokenizer.decode(self.ids))
+        return "" if self.stopped else self.held + self._new()
 
-    def _show(self, text):
-        new, self.shown = text[self.shown:], max(self.shown, len(text))
-        return new
+    def _new(self):
+        """The text of the ids that are not known yet."""
+        return self.tokenizer.decode(self.ids)[len(self.tokenizer.decode(self.ids[:self.known])):]
 
 
 class DraftDisplay:
@@ -475,6 +479,9 @@ def parse_args(argv=None):
     args.self_speculative |= args.generation_strategy == "self_speculative"
     if args.self_speculative and args.generation_strategy == "autoregressive":
         raise InputError("--self_speculative and --generation_strategy autoregressive contradict each other")
+    for name in ("model", "checkpoint_path", "draft_checkpoint_path", "json", "profile"):
+        if str(getattr(args, name)) in ("", "."):  # an empty shell variable
+            raise InputError(f"--{name}: is empty")
     if args.model and args.checkpoint_path:
         raise InputError("--model and --checkpoint_path both name a checkpoint: give one")
     if not args.self_speculative and (args.early_exit is not None or args.speculate_k == "auto"):
@@ -568,10 +575,11 @@ def main(argv=None):
         raise InputError(f"started with {os.environ['WORLD_SIZE']} processes, but tensor parallelism is not there yet: start one")
     path = find_checkpoint(args)
     model, tokenizer = load(path, args.device, args.precision)
-    draft_model = None
+    draft_model, prompt = None, encode(tokenizer, model.config, args.prompt)
     if args.draft_checkpoint_path:
-        draft_model, _ = load(args.draft_checkpoint_path, args.device, args.precision)
-    prompt = encode(tokenizer, model.config, args.prompt)
+        draft_model, draft_tokenizer = load(args.draft_checkpoint_path, args.device, args.precision)
+        if draft_tokenizer.encode(args.prompt) != tokenizer.encode(args.prompt):
+            raise InputError(f"--draft_checkpoint_path {args.draft_checkpoint_path}: its tokenizer reads the prompt differently from that of {path}: they must share one")
     if "auto" in (args.early_exit, args.speculate_k):
         settle_auto(args, path, model, prompt)
     decoder = make_decoder(args, model, draft_model, INTERACTIVE_ROWS if args.interactive else len(prompt) + args.max_new_tokens)

@@ -40,6 +40,8 @@ def run_command(main):
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             sys.exit("error: out of memory: take a smaller model, fewer --max_new_tokens, or a lower --precision")
         raise
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: the package {error.name} is missing: pip install -r requirements.txt, and for scripts/ -r scripts/requirements.txt")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -74,6 +76,8 @@ class ModelConfig:
         whole = lambda x: isinstance(x, int) and number(x)
         for name in ("vocab_size", "dim", "n_layer", "n_head", "n_kv_head", "head_dim", "intermediate_size", "context"):
             need(whole(getattr(self, name)), name, "a positive whole number")
+        need(self.n_layer <= 10_000, "n_layer", "at most 10000")
+        need(isinstance(self.tied, bool), "tied", "true or false")
         for name in ("rope_theta", "norm_eps"):
             need(number(getattr(self, name)), name, "a positive number")
         need(self.head_dim % 2 == 0, "head_dim", "even")
@@ -81,7 +85,7 @@ class ModelConfig:
             raise InputError(f"{self.n_head} query heads can't share {self.n_kv_head} key/value heads evenly")
         if self.rope_scaling is not None:
             need(isinstance(self.rope_scaling, dict) and all(number(self.rope_scaling.get(k)) for k in ROPE_SCALING), "rope_scaling", f"None, or {', '.join(ROPE_SCALING)}")
-        token = lambda x: isinstance(x, int) and 0 <= x < self.vocab_size
+        token = lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 <= x < self.vocab_size
         need(self.bos_id is None or token(self.bos_id), "bos_id", "a token id, or None")
         need(isinstance(self.eos_ids, (list, tuple)) and all(map(token, self.eos_ids)), "eos_ids", "token ids")
         need(self.quantization in (None, "int8", "int4"), "quantization", "None, int8 or int4")

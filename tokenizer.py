@@ -1,5 +1,6 @@
 """One small interface over sentencepiece, tiktoken and tokenizer.json files."""
 import base64
+import json
 from pathlib import Path
 
 from model import InputError
@@ -81,13 +82,16 @@ class TiktokenTokenizer(Tokenizer):
 
 
 class FastTokenizer(Tokenizer):
-    """tokenizer.json, the format of the `tokenizers` library. It names no BOS or EOS role."""
+    """tokenizer.json, the format of the `tokenizers` library. BOS and EOS are named by the tokenizer_config.json beside it, if it is there."""
 
     def __init__(self, path):
         from tokenizers import Tokenizer as Backend
         self.model = Backend.from_file(str(path))
         self.vocab_size = self.model.get_vocab_size()
-        self.bos_id = self.eos_id = None
+        naming = Path(path).with_name("tokenizer_config.json")
+        roles = json.loads(naming.read_text()) if naming.is_file() else {}
+        names = (roles.get("bos_token"), roles.get("eos_token"))
+        self.bos_id, self.eos_id = (self.model.token_to_id(n["content"] if isinstance(n, dict) else n) if n else None for n in names)
 
     def encode(self, text):
         return self.model.encode(text, add_special_tokens=False).ids

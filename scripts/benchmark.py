@@ -36,10 +36,10 @@ SHAPES = {
 }
 
 
-def random_model(shape, quantization, first_idle, device, dtype):
-    """A model of one of SHAPES with random weights, whose layers from first_idle on add nothing to the hidden states."""
+def random_model(shape, quantization, first_idle, rows, device, dtype):
+    """A model of one of SHAPES with random weights, whose layers from first_idle on add nothing to the hidden states. rows: positions that it must have."""
     vocab, dim, layers, heads, kv_heads, head_dim, ffn, context, tied = SHAPES[shape]
-    config = ModelConfig(vocab, dim, layers, heads, kv_heads, head_dim, ffn, context, tied=tied, quantization=quantization, groupsize=128 if quantization == "int4" else None)
+    config = ModelConfig(vocab, dim, layers, heads, kv_heads, head_dim, ffn, max(context, rows), tied=tied, quantization=quantization, groupsize=128 if quantization == "int4" else None)
     model = empty_model(config, device, dtype, f"--shape {shape}")
     for norm in (m for m in model.modules() if isinstance(m, RMSNorm)):
         norm.weight.fill_(1)
@@ -98,6 +98,10 @@ def text_of(tokenizer, prompt, ids, eos_ids):
     return tokenizer.decode(prompt + ids[:end])[len(tokenizer.decode(prompt)):]
 
 
+def few_exits(layers):
+    return sorted({max(1, layers // 8), max(1, layers // 4)})
+
+
 def pass_times(model, rows, compile, repeats=9):
     """Median seconds of one full pass over M = 1..rows rows at position 128, with the head on each."""
     model.setup_caches(128 + rows)
@@ -123,13 +127,13 @@ def pass_times(model, rows, compile, repeats=9):
 
 def parse_args(argv=None):
     p = tasks.parser(__doc__)
-    p.add_argument("--early_exit", "--exit_layer", type=int, nargs="+", help="exit layers to try (default: a quarter of the layers)")
-    p.add_argument("--speculate_k", "--num_speculations", type=int, nargs="+", default=[3], help="draft lengths to try")
+    p.add_argument("--early_exit", "--exit_layer", type=int, nargs="+", help="exit layers to try (default: an eighth and a quarter of the layers)")
+    p.add_argument("--speculate_k", "--num_speculations", type=int, nargs="+", default=[2, 4], help="draft lengths to try")
     p.add_argument("--repeats", type=int, default=3, help="timed passes over the prompts")
-    p.add_argument("--pass_rows", type=int, default=0, help="also time one full pass over 1 to this many rows")
+    p.add_argument("--pass_rows", type=int, default=8, help="time one full pass over 1 to this many rows")
     p.add_argument("--score", action="store_true", help="also say how close the texts come to the task's references (needs scripts/requirements.txt)")
     p.add_argument("--plain_kernels", action="store_true", help="leave this engine's kernels out, plain decoding's too: PyTorch's own instead")
-    p.add_argument("--json", metavar="FILE", help="write everything measured as one line of JSON; - means the last line of the output")
+    p.add_argument("--json", metavar="FILE", default="-", help="write everything measured as one line of JSON; - means the last line of the output")
     p.add_argument("--out", metavar="FILE", help="also keep every decoded text in FILE.jsonl, from where an interrupted run goes on, and the table in FILE.csv")
     g = p.add_argument_group("random weights of a known shape")
     g.add_argument("--shape", choices=SHAPES, help="instead of a checkpoint and a task")
@@ -137,7 +141,7 @@ def parse_args(argv=None):
     g.add_argument("--acceptance", type=float, default=0.8, help="chance that a drafted token is right")
     g.add_argument("--prompt_tokens", type=int, default=128, help="length of the random prompts")
     args = p.parse_args(argv)
-    for option, path in (("--json", args.json if args.json != "-" else None), ("--out", args.out and f"{args.out}.jsonl")):
+    for option, path in (("--json", args.json != "-" and args.json), ("--out", args.out and f"{args.out}.jsonl")):
         if path:
             check_writable(option, path)
     for name in ("repeats", "prompt_tokens"):
@@ -147,6 +151,8 @@ def parse_args(argv=None):
         raise InputError("--quantization: is for --shape; quantize.py makes a quantized checkpoint")
     if args.score and args.shape:
         raise InputError("--score: random weights write nothing worth comparing; name a checkpoint")
+    if args.score:
+        tasks.score(["a"], ["a"])  # if a package is missing, that shows now
     if not 0 <= args.acceptance <= 1:
         raise InputError(f"--acceptance {args.acceptance}: must be between 0 and 1")
     return args
@@ -160,15 +166,15 @@ def main(argv=None):
     kernels.enabled = not args.plain_kernels
     if args.shape:
         vocab, layers = SHAPES[args.shape][0], SHAPES[args.shape][2]
-        args.early_exit = args.early_exit or [layers // 4]
+        args.early_exit = args.early_exit or few_exits(layers)
         precision = args.precision or ("bfloat16" if args.device.startswith("cuda") else "float32")
-        model = random_model(args.shape, args.quantization, min(args.early_exit), args.device, getattr(torch, precision))
+        model = random_model(args.shape, args.quantization, min(args.early_exit), args.prompt_tokens + args.max_new_tokens, args.device, getattr(torch, precision))
         prompts = torch.randint(vocab, (args.num_prompts, args.prompt_tokens)).tolist()
         name, decoder_class = f"{args.shape} shape with random weights and synthetic acceptance {args.acceptance}", SpoiltDecoder
         SpoiltDecoder.acceptance = args.acceptance
     else:
         model, tokenizer = load(args.checkpoint_path, args.device, args.precision)
-        args.early_exit = args.early_exit or [model.config.default_exit]
+        args.early_exit = args.early_exit or few_exits(model.config.n_layer)
         examples, prompts = tasks.load_prompts(args, model, tokenizer)
         if args.score and any(example.reference is None for example in examples):
             raise InputError(f"--score: --task {args.task} has prompts without a reference")
@@ -222,9 +228,9 @@ def main(argv=None):
     if times:
         print("one full pass over M rows: " + ", ".join(f"{m}: {1e3 * t:.2f} ms ({t / times[0]:.2f}x)" for m, t in enumerate(times, 1)))
     print()
-    print("decoding                 tokens/s  ms/token  speedup (95% interval)  ideal  accepted  GB/s (share)")
+    print("decoding                 tokens/s  ms/token  speedup (95% interval)  ideal (reached)  accepted  GB/s (share)")
     for row in table:
-        print(f"{label(row):23s} {row['tokens_per_second']:9.1f} {row['ms_per_token']:9.2f}  {row['speedup']:6.2f}x ({row['speedup_low']:.2f} to {row['speedup_high']:.2f}) {row['ideal_speedup']:5.2f}x {row['mean_accepted']:9.2f}  "
+        print(f"{label(row):23s} {row['tokens_per_second']:9.1f} {row['ms_per_token']:9.2f}  {row['speedup']:6.2f}x ({row['speedup_low']:.2f} to {row['speedup_high']:.2f}) {row['ideal_speedup']:5.2f}x {row['speedup'] / row['ideal_speedup']:7.0%} {row['mean_accepted']:11.2f}  "
               f"{row['bandwidth_gb_per_s']:5.1f} ({row['bandwidth_share']:.0%})")
     best = max(table[1:], key=lambda row: row["speedup"])
     print(f"\ndrafted tokens accepted per round at E={best['exit_layer']} K={best['k']}:\n{bars(best['acceptance_probs'])}")
@@ -238,7 +244,8 @@ def main(argv=None):
     if best["speedup"] <= 1:
         print(f"speculation loses here: its best setting reaches {best['speedup']:.2f}x of plain decoding's {table[0]['tokens_per_second']:.1f} tokens/s")
     memory = peak_memory_gb(args.device)
-    print(f"compilation {sum(row['compile_seconds'] for row in table):.1f} s in all, peak memory {memory:.2f} GB")
+    print(f"prefill {table[0]['prefill_seconds']:.3f} s for a prompt of {statistics.median(map(len, prompts)):.0f} tokens, "
+          f"compilation {sum(row['compile_seconds'] for row in table):.1f} s in all, peak memory {memory:.2f} GB")
     line = json.dumps(dict(settings=tasks.settings(args), table=table, memory_gb=memory, pass_seconds=times,
                            read_bandwidth_gb_per_s=bandwidth / 1e9, torch=torch.__version__, python=platform.python_version(),
                            threads=torch.get_num_threads(), machine=platform.machine()))

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from tqdm import tqdm
 
-from model import ROPE_SCALING, InputError, ModelConfig, check_memory, run_command, save_checkpoint
+from model import ROPE_SCALING, InputError, ModelConfig, check_memory, run_command, saved
 from tokenizer import Tokenizer
 
 # Ours <- theirs, within a layer; several sources are stacked along the rows.
@@ -54,22 +54,27 @@ def read_config(folder):
     hf = read_json(path)
     if hf.get("model_type") != "llama":
         raise InputError(f"{path}: model_type is {hf.get('model_type')!r}; only 'llama' checkpoints can be converted")
-    for key, supported in {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}.items():
+    for key, supported in {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "quantization_config": None}.items():
         if hf.get(key, supported) != supported:
             raise InputError(f"{path}: {key} is {hf[key]!r}; only {supported!r} is supported")
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # the new spelling, or the old
-    if not isinstance(rope, dict):
-        raise InputError(f"{path}: RoPE parameters are {rope!r}; a JSON object was expected")
-    rope = dict(rope)
-    theta = rope.pop("rope_theta", hf.get("rope_theta") or 10000.0)
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    if kind not in ("default", "llama3"):
-        raise InputError(f"{path}: RoPE scaling {kind!r} is not supported; 'llama3' and none are")
+    rope, kind = {}, "default"
+    for spelling in ("rope_scaling", "rope_parameters"):  # the old one, and the new one, which counts where both are there
+        if not isinstance(hf.get(spelling) or {}, dict):
+            raise InputError(f"{path}: {spelling} is {hf[spelling]!r}; a JSON object was expected")
+        if hf.get(spelling):
+            rope = hf[spelling]
+            kind = rope.get("rope_type") or rope.get("type") or "default"
+        if kind not in ("default", "llama3"):
+            raise InputError(f"{path}: RoPE scaling {kind!r} is not supported; 'llama3' and none are")
+    theta = rope.get("rope_theta", hf.get("rope_theta") or 10000.0)
     generation = folder / "generation_config.json"
     special = {**hf, **{k: v for k, v in (read_json(generation) if generation.is_file() else {}).items() if v is not None}}
     tokenizer = Tokenizer.load(folder)
     bos, eos = (tokenizer_id if special.get(key) is None else special[key]
                 for key, tokenizer_id in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)))
+    naming = folder / "tokenizer_config.json"
+    if naming.is_file() and read_json(naming).get("add_bos_token") is False:
+        bos = None  # the model was trained on texts that begin without it
     try:
         config = ModelConfig(
             vocab_size=hf["vocab_size"], dim=hf["hidden_size"], n_layer=hf["num_hidden_layers"],
@@ -115,7 +120,10 @@ def read_weights(files):
                 tensors |= load_file(file)
             else:
                 zipped = zipfile.is_zipfile(file)  # what torch.save writes since PyTorch 1.6; only that can be mapped
+                check_memory(0 if zipped else file.stat().st_size, "cpu", f"reading {file}")
                 tensors |= torch.load(file, mmap=zipped, weights_only=True, map_location="cpu")
+        except InputError:
+            raise
         except Exception as error:  # each format has errors of its own for a damaged file
             raise InputError(f"{file}: truncated or damaged ({(str(error).splitlines() or ['empty file'])[0]})") from None
     if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
@@ -123,25 +131,41 @@ def read_weights(files):
     return tensors
 
 
+def plan(folder, config, theirs):
+    """What model.pth will hold: {ours: (meta tensor, [theirs, ...])}. Raises InputError for what is missing, odd, or left over."""
+    wanted, left = {}, set(theirs)
+    for ours, names in tensor_names(config).items():
+        for name in names:
+            if name not in theirs:
+                raise InputError(f"{folder}: the checkpoint has no tensor {name}")
+            if theirs[name].dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise InputError(f"{folder}: tensor {name} is {str(theirs[name].dtype)[6:]}; float32, bfloat16 or float16 was expected")
+        parts = [theirs[name] for name in names]
+        if len({part.shape[1:] for part in parts}) > 1:
+            raise InputError(f"{folder}: {', '.join(names)} have shapes that don't fit together")
+        wanted[ours] = torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=parts[0].dtype, device="meta"), names
+        left -= set(names)
+    for name in sorted(left):  # some files list the head of a tied model too, or tables that follow from the configuration
+        if not (name == "lm_head.weight" and config.tied or name.endswith("rotary_emb.inv_freq")):
+            raise InputError(f"{folder}: tensor {name} is not part of the model that config.json describes")
+    return wanted
+
+
 def convert(folder):
-    """Write model.pth and model.json into a Hugging Face checkpoint folder; returns the path of model.pth."""
+    """Write model.pth and model.json into a Hugging Face checkpoint folder, tensor by tensor; returns the path of model.pth."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"--checkpoint_dir {folder}: no such folder")
     config, files = read_config(folder), weight_files(folder)
-    check_memory(2 * sum(file.stat().st_size for file in files if file.is_file()), "cpu", f"converting {folder}")
     theirs = read_weights(files)
-    state = {}
-    for ours, sources in tqdm(tensor_names(config).items(), desc="converting", unit="tensor", disable=None):
-        missing = [name for name in sources if name not in theirs]
-        if missing:
-            raise InputError(f"{folder}: the checkpoint has no tensor {missing[0]}")
-        parts = [theirs.pop(name) for name in sources]
-        if len({part.shape[1:] for part in parts}) > 1:
-            raise InputError(f"{folder}: {', '.join(sources)} have shapes that don't fit together")
-        state[ours] = torch.cat(parts) if len(parts) > 1 else parts[0].clone()
-    path = folder / "model.pth"
-    save_checkpoint(path, state, config)
+    wanted, path = plan(folder, config, theirs), folder / "model.pth"
+    with saved(path, {ours: t for ours, (t, _) in wanted.items()}, config) as result:
+        for ours, (_, names) in tqdm(wanted.items(), desc="converting", unit="tensor", disable=None):
+            parts = [theirs.pop(name) for name in names]
+            for name, part, rows in zip(names, parts, result[ours].split([len(part) for part in parts])):
+                if not part.sum(dtype=torch.float32).isfinite():
+                    raise InputError(f"{folder}: tensor {name} holds values that are not finite: the file is damaged; download it again")
+                rows.copy_(part)
     return path
 
 

@@ -10,4 +10,4 @@ python generate.py --num_samples 1 --top_p 0.95 --self_speculative --early_exit 
         self.items = []
 
     def '
-python scripts/benchmark.py --early_exit 3 --speculate_k 6
+python scripts/benchmark.py --early_exit 3 --speculate_k 6 --pass_rows 0 --json /dev/null

@@ -7,6 +7,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, HfHubHTTPError, HFValidationError,
                                     RepositoryNotFoundError)
+from huggingface_hub.utils.logging import set_verbosity_error
 
 from model import InputError, run_command
 
@@ -17,6 +18,7 @@ CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 def download(repo, token=None):
     """Fetch the config, the tokenizer and the weights (safetensors before .bin) of a hub repository; returns the folder."""
     folder = CHECKPOINTS / repo
+    set_verbosity_error()  # its retries needn't be heard of: the error that ends them is
     try:
         files = HfApi(token=token).list_repo_files(repo)
         weights = "*.safetensors*" if any(f.endswith(".safetensors") and "/" not in f for f in files) else "*.bin*"

@@ -24,9 +24,7 @@ from train import evaluate
 
 def plot(path, rows, title):
     """Perplexity and agreement over the exit layer, as a PNG."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = tasks.pyplot()
     layers = [row["exit_layer"] for row in rows]
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     lines = axis.plot(layers, [row["perplexity"] for row in rows], "o-", color="tab:blue", label="perplexity (left)")

@@ -48,9 +48,7 @@ def measure(plain, decoder, prompts, tokens, repeats):
 
 def draw(path, rows, title):
     """A heat map of the rows' tokens per second and speedup over exit layer and draft length, as a PNG."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = tasks.pyplot()
     exits, ks = sorted({r["exit_layer"] for r in rows}), sorted({r["k"] for r in rows})
     best = max(rows, key=lambda r: r["speedup"])
     figure, axes = plt.subplots(1, 2, figsize=(3 + 1.3 * len(ks), 2 + 0.42 * len(exits)), layout="constrained")
@@ -92,6 +90,7 @@ def parse_args(argv=None):
 @torch.inference_mode()
 def main(argv=None):
     args = parse_args(argv)
+    tasks.pyplot()  # if it is missing, that shows now
     sampling = tasks.check(args)
     model, tokenizer = load(args.checkpoint_path, args.device, args.precision)
     exits = sorted(set(args.early_exit or range(1, max(2, model.config.n_layer // 2 + 1))))

@@ -211,6 +211,14 @@ def interval(ratios, draws=2000):
     return tuple(np.percentile(np.median(sample, axis=1), (2.5, 97.5)).tolist())
 
 
+def pyplot():
+    """matplotlib's pyplot, drawing to files."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
 class Results:
     """Rows that survive an interrupt, in FILE.jsonl, the first line of which is what they were measured with."""
 

@@ -2,4 +2,4 @@
 # Makes the environment and runs the tests. Arguments go to pytest.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt scripts/requirements.txt tests/requirements.txt
-python -m pytest -q tests "$@"
+python -m pytest -q -rs tests "$@"

@@ -279,6 +279,11 @@ def test_distribution_by_definition(s):
     assert s.distribution(logits.bfloat16()).dtype == torch.float32
 
 
+def test_top_k_keeps_no_more_than_k_of_equal_tokens():
+    probs = Sampling(1.0, top_k=2).distribution(torch.tensor([0.0, 3.0, 3.0, 3.0, -1.0]))
+    assert probs.count_nonzero() == 2 and probs.max() == 0.5
+
+
 def test_draw_never_leaves_the_support():
     weights = torch.tensor([0.0, 0.3, 0.0, 0.7, 0.0])
     edge = torch.tensor([0.0, 0.29999, 0.3001, 1 - 2**-53], dtype=torch.float64)
@@ -448,7 +453,9 @@ BAD = {
     "exit layer alone": (["--early_exit", "2"], "--early_exit is for --self_speculative"),
     "k 0": (["--self_speculative", "--early_exit", "2", "--speculate_k", "0"], "--speculate_k 0"),
     "temperature": (["--temperature", "-1"], "--temperature -1"),
+    "temperature that nothing can be divided by": (["--temperature", "1e-40"], "--temperature 1e-40: must be 0"),
     "top_p": (["--top_p", "1.5"], "--top_p 1.5"),
+    "empty json": (["--json", ""], "--json: is empty"),
     "top_k": (["--top_k", "0"], "--top_k 0"),
     "samples": (["--num_samples", "0"], "--num_samples 0"),
     "long prompt": (["--prompt", "x " * 500], "there is room for 128"),

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from conftest import FAMILY, LLAMA3_ROPE, edit_json
+from safetensors.torch import load_file, save_file
 
 from convert_hf_checkpoint import convert
 from export_hf_checkpoint import export
@@ -153,6 +154,21 @@ def test_an_eos_of_null_falls_back_to_the_tokenizers(hf_folder, tmp_path):
     assert ModelConfig.load(convert(tmp_path / "copy").with_suffix(".json")).eos_ids == (2,)
 
 
+def test_special_tokens_of_a_tokenizer_json_are_named_beside_it(hf_folder, tmp_path):
+    from tokenizers import Tokenizer, models
+    shutil.copytree(hf_folder("llama2")[0], tmp_path / "copy")
+    folder = tmp_path / "copy"
+    (folder / "tokenizer.model").unlink(), (folder / "generation_config.json").unlink()
+    edit_json(folder / "config.json", bos_token_id=None, eos_token_id=None)
+    Tokenizer(models.BPE({"<s>": 0, "a": 1, "b": 2, "</s>": 3}, [])).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(bos_token={"content": "<s>"}, eos_token="</s>")))
+    config = ModelConfig.load(convert(folder).with_suffix(".json"))
+    assert (config.bos_id, config.eos_ids) == (0, (3,))
+    edit_json(folder / "tokenizer_config.json", add_bos_token=False)
+    config = ModelConfig.load(convert(folder).with_suffix(".json"))
+    assert (config.bos_id, config.eos_ids) == (None, (3,))
+
+
 def damage(folder, case):
     """Break a good Hugging Face folder in one way; returns words of the message that must come."""
     config, weights = folder / "config.json", folder / "model.safetensors"
@@ -191,6 +207,33 @@ def damage(folder, case):
         case "layers":
             edit_json(config, num_hidden_layers=5)
             return "model.layers.4"
+        case "fewer layers":
+            edit_json(config, num_hidden_layers=3)
+            return "model.layers.3.input_layernorm.weight is not part of"
+        case "too many layers":
+            edit_json(config, num_hidden_layers=10**9)
+            return "n_layer = 1000000000"
+        case "bias tensor" | "integer tensor" | "not a number":
+            tensors, name = load_file(weights), "model.layers.1.self_attn.q_proj.weight"
+            match case:
+                case "bias tensor": tensors["model.layers.1.self_attn.q_proj.bias"] = torch.zeros(64)
+                case "integer tensor": tensors[name] = tensors[name].to(torch.int8)
+                case "not a number": tensors[name][3, 5] = torch.nan
+            save_file(tensors, weights, metadata={"format": "pt"})
+            return {"bias tensor": "q_proj.bias is not part of", "integer tensor": "q_proj.weight is int8", "not a number": "q_proj.weight holds values that are not finite"}[case]
+        case "quantized":
+            edit_json(config, quantization_config=dict(quant_method="fp8"))
+            return "quantization_config"
+        case "tied in words":
+            edit_json(config, tie_word_embeddings="yes")
+            return "tied = 'yes'"
+        case "rope in both spellings":
+            edit_json(config, rope_scaling=dict(type="linear", factor=2.0), rope_parameters=dict(rope_type="default", rope_theta=1e4))
+            return "'linear'"
+        case "eos true":
+            edit_json(config, eos_token_id=True)
+            (folder / "generation_config.json").unlink()
+            return "eos_ids"
         case "json":
             config.write_text('{"model_type": ')
             return "config.json: not readable"
@@ -224,7 +267,7 @@ def damage(folder, case):
 
 
 CASES = ["text for a number", "no objects", "odd head", "eos", "architecture", "bias", "rope", "field", "heads", "shape", "layers", "json", "no config", "no weights", "truncated",
-         "truncated bin", "shard", "no tokenizer", "bad tokenizer", "other tokenizer"]
+         "truncated bin", "shard", "fewer layers", "too many layers", "bias tensor", "integer tensor", "not a number", "quantized", "tied in words", "rope in both spellings", "eos true", "no tokenizer", "bad tokenizer", "other tokenizer"]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -226,7 +226,7 @@ print(status("VmHWM") - before)
 def test_memory_is_that_of_the_file(quantized, tmp_path):
     """Loading and decoding take the file's size, the caches and a tenth."""
     from benchmark import random_model
-    model = random_model("100M", "int8", 6, "cpu", torch.bfloat16)
+    model = random_model("100M", "int8", 6, 128, "cpu", torch.bfloat16)
     save_checkpoint(tmp_path / "model.pth", {name: t for name, t in model.state_dict().items()}, model.config)
     size = (tmp_path / "model.pth").stat().st_size
     result = subprocess.run([sys.executable, "-c", MEMORY, quantized("int8"), tmp_path / "model.pth"], cwd=ROOT, capture_output=True, text=True)
