@@ -150,8 +150,7 @@ class Attention(nn.Module):
         self.register_buffer("v_cache", None, persistent=False)  # (B, G, S, C)
 
     def forward(self, x, pos, rope, cached):
-        B, T, _ = x.shape
-        qkv = self.wqkv(x).view(B, T, -1, self.head_dim)  # (B, T, H + 2G, C)
+        qkv = self.wqkv(x).unflatten(2, (-1, self.head_dim))  # (B, T, H + 2G, C)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if self.k_cache is not None:
@@ -162,7 +161,7 @@ class Attention(nn.Module):
         else:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads > self.kv_heads).transpose(1, 2)
-        return self.wo(y.reshape(B, T, -1))
+        return self.wo(y.flatten(2))
 
 
 class FeedForward(nn.Module):
