@@ -29,7 +29,7 @@ WORLDS = [2, 4]
 MAIN = {"auto": ["--self_speculative", "--early_exit", "2", "--speculate_k", "auto"], "stop": ["--stop", "e", "3"], "bad exit": ["--self_speculative", "--early_exit", "9"]}
 PROMPT = [1, 17, 60, 33, 25, 8]
 GRID = {"plain": {}, "E=1 K=3": dict(exit_layer=1, k=3), "draft model": dict(draft_model=True, k=3), "E=2 K=1": dict(exit_layer=2, k=1),
-        "E=3 K=5": dict(exit_layer=3, k=5, draft_head="full"), "E=1 K=9": dict(exit_layer=1, k=9)}
+        "E=3 K=2": dict(exit_layer=3, k=2, draft_head="full"), "E=1 K=6": dict(exit_layer=1, k=6)}
 SAMPLED = {"plain": {}, "self-speculative": dict(exit_layer=2, k=3), "draft model": dict(draft_model=True, k=2)}
 
 
@@ -49,7 +49,7 @@ def logits(model):
     return torch.cat(out, dim=1)
 
 
-def decode(model, draft, n=25, draft_model=False, **how):
+def decode(model, draft, n=16, draft_model=False, **how):
     decoder = Decoder(model, draft_model=draft if draft_model else None, **how)
     return list(decoder.generate(PROMPT, n, model.config.eos_ids)), decoder.stats.accept_counts
 
@@ -63,13 +63,11 @@ def everything(load, names):
         kernels.enabled = False
         found[name, "plain PyTorch's logits"] = logits(model)
         kernels.enabled = True
-        for how, settings in GRID.items() if name in ("tiny", "llama3.2", "int4") else list(GRID.items())[:3]:
+        for how, settings in GRID.items() if name in ("tiny", "int4") else list(GRID.items())[:3]:
             found[name, how] = decode(model, draft, **settings)
     model = load("llama3")
     for how, settings in SAMPLED.items():
         found["sampled", how] = decode(model, load("draft"), sampling=Sampling(0.8, 50), seed=3, **settings)
-    small = Decoder(load("small"), exit_layer=1, k=2, sampling=Sampling(1.2, top_k=8), seed=0, rows=8)
-    found["counts"] = torch.bincount(torch.tensor([list(small.generate([3, 4, 5], 2)) for _ in range(300)]) @ torch.tensor([12, 1]), minlength=144)
     return found
 
 
@@ -96,7 +94,9 @@ def worker(folder):
             model.logits(model(tokens(rows), torch.arange(rows)))
         found["collectives", rows] = mode.count
     kernels.enabled = True
-    if shard.size == 2:
+    if shard.size == 2:  # what takes a while
+        small = Decoder(load("small"), exit_layer=1, k=2, sampling=Sampling(1.2, top_k=8), seed=0, rows=8)
+        found["counts"] = torch.bincount(torch.tensor([list(small.generate([3, 4, 5], 2)) for _ in range(400)]) @ torch.tensor([12, 1]), minlength=144)
         found["compiled"] = decode(model, None, exit_layer=2, k=2, compile=True, compile_prefill=True)
     status = lambda key: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
     open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
@@ -117,7 +117,7 @@ def worker(folder):
 
 
 def torchrun(n, *command, **how):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *map(str, command)], env=env,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
 
@@ -179,7 +179,7 @@ def test_logits_equal_those_of_one_process(world, one):
 
 def test_greedy_tokens_equal_those_of_one_process(world, one):
     names = [name for name in one if name[1] in GRID and name[0] != "sampled"]
-    assert len(names) == 3 * len(GRID) + 5 * 3
+    assert len(names) == 2 * len(GRID) + 6 * 3
     for name in names:
         assert all(rank[name] == one[name] for rank in world), name
         assert one[name][0] == one[name[0], "plain"][0]
@@ -189,8 +189,13 @@ def test_greedy_tokens_equal_those_of_one_process(world, one):
 def test_sampled_tokens_are_everyones(world, one, folder):
     for name in SAMPLED:
         assert all(rank["sampled", name] == one["sampled", name] for rank in world), name  # the same seed, the same text
-    assert all(rank["seedless"] == world[0]["seedless"] for rank in world)
-    assert all(torch.equal(rank["counts"], world[0]["counts"]) for rank in world)
+    assert len({tuple(rank["seedless"][0]) for rank in world}) == 1
+
+
+def test_sampled_tokens_have_the_models_distribution(world, folder):
+    if len(world) > 2:
+        return
+    assert torch.equal(world[0]["counts"], world[1]["counts"])
     model = load_model(folder / "small" / "model.pth").double()
     row = lambda ids: reference_distribution(model.logits(model(torch.tensor([ids])))[0, -1], 1.2, 8, 1.0).double()
     joint = torch.stack([pa * row([3, 4, 5, a]) for a, pa in enumerate(row([3, 4, 5]))])
@@ -267,7 +272,7 @@ def ranks(process):
 @pytest.mark.parametrize("killed,interactive", [(0, False), (1, False), (0, True), (1, True)])
 def test_a_killed_rank_ends_all(killed, interactive, folder):
     args = ["--interactive"] if interactive else ["--num_samples", "100000"]
-    process = torchrun(2, "-u", ROOT / "generate.py", "--checkpoint_path", folder / "llama3" / "model.pth", "--prompt", "def", *args)
+    process = torchrun(2, ROOT / "generate.py", "--checkpoint_path", folder / "llama3" / "model.pth", "--prompt", "def", *args)
     try:
         for line in process.stdout:
             if line.startswith(("Time for inference 1", "Type a prompt")):
@@ -284,9 +289,8 @@ def test_a_killed_rank_ends_all(killed, interactive, folder):
 
 
 def test_bad_input_ends_all_in_one_line(folder):
-    for n, args, words in ((3, [], "can't be split over 3 processes"), (2, ["--top_k", "0"], "--top_k 0")):
-        code, _, errors = settle(torchrun(n, ROOT / "generate.py", "--checkpoint_path", folder / "llama3" / "model.pth", *args))
-        assert code == 1 and len(errors) == 1 and words in errors[0]
+    code, _, errors = settle(torchrun(3, ROOT / "generate.py", "--checkpoint_path", folder / "llama3" / "model.pth"))
+    assert code == 1 and len(errors) == 1 and "can't be split over 3 processes" in errors[0]
 
 
 def test_an_error_of_one_rank_is_everyones(folder):
@@ -298,7 +302,7 @@ def test_an_error_of_one_rank_is_everyones(folder):
 @pytest.mark.parametrize("name,size,words", [
     ("llama3", 3, "4 query and 2 key/value heads can't be split over 3 processes"),
     ("llama3", 8, "4 query and 2 key/value heads can't be split over 8 processes"),
-    ("small", 4, None), ("vocabulary", 2, "a vocabulary of 333 can't be split over 2 processes"), ("narrow", 4, "a feed-forward width of 96 in units of 32 can't be split over 4 processes"),
+    ("vocabulary", 2, "a vocabulary of 333 can't be split over 2 processes"), ("narrow", 4, "a feed-forward width of 96 in units of 32 can't be split over 4 processes"),
     ("groups", 4, "groups of 64 can't be split over 4 processes, which have 32 columns of wo each: quantize with --groupsize 32"),
     ("heads", 4, "which have 24 columns of wo each: quantize with --mode int8"),
 ])
@@ -313,8 +317,6 @@ def test_what_does_not_divide_is_one_line(name, size, words, folder, tmp_path):
         from model import Transformer
         config, path = replace(config, **configs[name]), tmp_path / "model.pth"
         save_checkpoint(path, dict(Transformer(config).state_dict()), config)
-    if words is None:
-        return load_model(path, shard=tp.Shard(1, size))
     with pytest.raises(InputError) as error:
         load_model(path, shard=tp.Shard(1, size))
     assert words in str(error.value) and "\n" not in str(error.value)
