@@ -412,7 +412,8 @@ def empty_model(config, device, dtype, what, shard=None):
         model = Transformer(config)
         if shard:
             shard.split(model)
-    tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if name in expected_tensors(config)}
+    names = expected_tensors(config).keys()
+    tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if name in names}
     types = {name: dtype if isinstance(t, nn.Parameter) else t.dtype for name, t in tensors.items()}
     sizes = [-(-t.numel() * types[name].itemsize // 64) * 64 for name, t in tensors.items()]  # whole cache lines
     check_memory(sum(sizes), device, f"{what} in {str(dtype)[6:]}")
