@@ -25,6 +25,7 @@ from quantize import GROUPSIZES
 
 TIMEOUT = timedelta(minutes=10)  # of a collective; what may take longer waits in `gather`
 FOREVER = timedelta(days=365)
+_failing = threading.Lock()
 
 
 @dataclass
@@ -96,6 +97,7 @@ class Shard:
 
     def fail(self, why):
         """End this process, and with it all of them. why: as for sys.exit; only the first to fail says it."""
+        _failing.acquire()  # never released: of two threads that get here the second waits for the end
         sys.__stdout__.flush()
         code = why if isinstance(why, int) else 1
         with suppress(RuntimeError):  # the store is lost if torchrun was killed
@@ -155,7 +157,7 @@ def run_command(main, watch=True):
                 shard.fail(exit.code)
         except Exception as error:
             if isinstance(error, dist.DistError) or "gloo" in str(error):
-                shard.fail(f"error: lost contact with another process: {str(error).splitlines()[0]}")
+                shard.fail(f"error: lost contact with another process: {str(error).splitlines()[0].split('. ')[0]}")
             traceback.print_exc(file=sys.__stderr__)
             os._exit(1)
         shard.gather(None)  # none ends while another still hears from it
