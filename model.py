@@ -240,6 +240,11 @@ class Transformer(nn.Module):
             layer.attention.k_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
             layer.attention.v_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
 
+    def drop_caches(self):
+        """Let go of the caches: whole texts, in batches or longer than the caches, are then scored without filling them."""
+        for layer in self.layers:
+            layer.attention.k_cache = layer.attention.v_cache = None
+
     def positions(self, T, pos):
         """What every layer needs to know of them: (pos (T,), (cos, sin) each (T, 1, C/2), whether to attend to the caches)."""
         cached = pos is not None

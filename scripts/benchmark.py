@@ -130,14 +130,16 @@ def parse_args(argv=None):
     p.add_argument("--score", action="store_true", help="also say how close the texts come to the task's references (needs scripts/requirements.txt)")
     p.add_argument("--plain_kernels", action="store_true", help="leave this engine's kernels out, plain decoding's too: PyTorch's own instead")
     p.add_argument("--json", metavar="FILE", help="write everything measured as one line of JSON; - means the last line of the output")
+    p.add_argument("--out", metavar="FILE", help="also keep every decoded text in FILE.jsonl, from where an interrupted run goes on, and the table in FILE.csv")
     g = p.add_argument_group("random weights of a known shape")
     g.add_argument("--shape", choices=SHAPES, help="instead of a checkpoint and a task")
     g.add_argument("--quantization", choices=["int8", "int4"], help="of the weights (a checkpoint says it itself)")
     g.add_argument("--acceptance", type=float, default=0.8, help="chance that a drafted token is right")
     g.add_argument("--prompt_tokens", type=int, default=128, help="length of the random prompts")
     args = p.parse_args(argv)
-    if args.json and args.json != "-":
-        check_writable("--json", args.json)
+    for option, path in (("--json", args.json if args.json != "-" else None), ("--out", args.out and f"{args.out}.jsonl")):
+        if path:
+            check_writable(option, path)
     for name in ("repeats", "prompt_tokens"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)}: must be 1 or more")
@@ -151,8 +153,8 @@ def parse_args(argv=None):
 
 
 @torch.inference_mode()
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     sampling = tasks.check(args)
     torch.manual_seed(args.seed)
     kernels.enabled = not args.plain_kernels
@@ -175,49 +177,48 @@ def main():
     bandwidth = read_bandwidth(args.device)
     times = pass_times(model, args.pass_rows, args.compile) if args.pass_rows else []
     rows = max(map(len, prompts)) + args.max_new_tokens
-    results = {s: dict(rates=[], counts=[], prefill=[], texts=[]) for s in settings}
-    decoders, bar = {}, tqdm(total=len(settings) * (1 + args.repeats * len(prompts)), desc="compiling", disable=None)
+    results = tasks.Results(args.out, tasks.settings(args, "json", "out", "pass_rows", "score"))
+    done = {(row["repeat"], row["prompt"]) for row in results.rows}
+    todo = [(repeat, i) for repeat in range(args.repeats) for i in range(len(prompts)) if (repeat, i) not in done]
+    decoders, compile_seconds = [], []
     for setting in settings:
         how = dict(exit_layer=setting[0], k=setting[1], draft_head=args.draft_head) if setting else {}
-        decoders[setting] = decoder_class(model, sampling=sampling, rows=rows, compile=args.compile, seed=args.seed, **how)
-    for setting, decoder in decoders.items():
+        decoders.append(decoder_class(model, sampling=sampling, rows=rows, compile=args.compile, seed=args.seed, **how))
+    for decoder in tqdm(decoders, desc="compiling", disable=None):
         began = time.perf_counter()
         for _ in decoder.generate(prompts[0], 3 * (decoder.K + 1)):
             pass
-        results[setting]["compile_seconds"] = time.perf_counter() - began
-        bar.update()
-    bar.set_description("decoding")
-    for _ in range(args.repeats):
-        for prompt in prompts:
-            for setting, decoder in decoders.items():
-                text = list(decoder.generate(prompt, args.max_new_tokens))
-                r, s = results[setting], decoder.stats
-                r["rates"].append(s.tokens_per_second), r["prefill"].append(s.prefill_seconds)
-                r["counts"].append(s.accept_counts), r["texts"].append(text)
-                bar.update()
-    bar.close()
+        compile_seconds.append(time.perf_counter() - began)
+    for repeat, i in tqdm(todo, desc="decoding", unit="prompt", disable=None):
+        decoded = []
+        for decoder in decoders:
+            tokens, s = list(decoder.generate(prompts[i], args.max_new_tokens)), decoder.stats
+            decoded.append(dict(tokens=tokens, accept_counts=s.accept_counts, prefill_seconds=s.prefill_seconds, decode_seconds=s.decode_seconds, tokens_per_second=s.tokens_per_second))
+        results.add(dict(repeat=repeat, prompt=i, decoded=decoded))
 
-    plain = statistics.median(results[None]["rates"])
-    table = []
-    for setting, r in results.items():
-        decoder, counts = decoders[setting], [sum(c) for c in zip(*r["counts"])]
+    table, plain_texts = [], [row["decoded"][0]["tokens"] for row in results.rows]
+    plain_rates = [row["decoded"][0]["tokens_per_second"] for row in results.rows]
+    for i, (setting, decoder) in enumerate(zip(settings, decoders)):
+        runs = [row["decoded"][i] for row in results.rows]
+        rates, counts = [run["tokens_per_second"] for run in runs], [sum(c) for c in zip(*(run["accept_counts"] for run in runs))]
         probs, mean = acceptance(counts)
-        seconds = sum((len(t) - 1) / rate for t, rate in zip(r["texts"], r["rates"]))
-        ratios = [a / b for a, b in zip(r["rates"], results[None]["rates"])]
+        ratios = [a / b for a, b in zip(rates, plain_rates)]
         low, high = tasks.interval(ratios)
-        used = sum(counts) * decoder.bytes_per_round() / seconds
+        used = sum(counts) * decoder.bytes_per_round() / sum(run["decode_seconds"] for run in runs)
         table.append(dict(
-            exit_layer=setting and setting[0], k=decoder.K, tokens_per_second=statistics.median(r["rates"]), ms_per_token=1e3 / statistics.median(r["rates"]),
+            exit_layer=setting and setting[0], k=decoder.K, tokens_per_second=statistics.median(rates), ms_per_token=1e3 / statistics.median(rates),
             speedup=statistics.median(ratios), speedup_low=low, speedup_high=high, ideal_speedup=decoder.ideal_speedup(mean),
             mean_accepted=mean, acceptance_probs=probs, acceptance_by_position=by_position(counts),
-            bandwidth_gb_per_s=used / 1e9, bandwidth_share=used / bandwidth, prefill_seconds=statistics.median(r["prefill"]),
-            compile_seconds=r["compile_seconds"], same_text=r["texts"] == results[None]["texts"]))
+            bandwidth_gb_per_s=used / 1e9, bandwidth_share=used / bandwidth, prefill_seconds=statistics.median(run["prefill_seconds"] for run in runs),
+            compile_seconds=compile_seconds[i], same_text=[run["tokens"] for run in runs] == plain_texts))
         if args.score:  # a text ends at the first EOS, which decoding went beyond
-            texts = [text_of(tokenizer, prompt, ids, model.config.eos_ids) for prompt, ids in zip(prompts * args.repeats, r["texts"])]
-            table[-1]["scores"] = tasks.score(texts, [example.reference for example in examples] * args.repeats)
+            texts = [text_of(tokenizer, prompts[row["prompt"]], row["decoded"][i]["tokens"], model.config.eos_ids) for row in results.rows]
+            table[-1] |= tasks.score(texts, [examples[row["prompt"]].reference for row in results.rows])
+    if args.out:
+        tasks.write_csv(f"{args.out}.csv", table)
     print(f"\n{name}, {model.config.quantization or str(model.embed.weight.dtype)[6:]} on {args.device}, {'compiled' if args.compile else 'eager'}{', plain kernels' * args.plain_kernels}, "
-          f"temperature {args.temperature}, {len(prompts)} prompts x {args.max_new_tokens} new tokens, median of {len(prompts) * args.repeats}")
-    print(f"read bandwidth of this machine: {bandwidth / 1e9:.1f} GB/s; one full pass reads {decoders[None].bytes_per_round() / 1e6:.1f} MB of weights")
+          f"temperature {args.temperature}, {len(prompts)} prompts x {args.max_new_tokens} new tokens, median of {len(results.rows)}")
+    print(f"read bandwidth of this machine: {bandwidth / 1e9:.1f} GB/s; one full pass reads {decoders[0].bytes_per_round() / 1e6:.1f} MB of weights")
     if times:
         print("one full pass over M rows: " + ", ".join(f"{m}: {1e3 * t:.2f} ms ({t / times[0]:.2f}x)" for m, t in enumerate(times, 1)))
     print()
@@ -230,12 +231,12 @@ def main():
     print("accepted, of those whose predecessors were, by position: " + ", ".join(f"{share:.0%}" for share in best["acceptance_by_position"]) + "\n")
     if args.score:
         for row in table:
-            print(f"{label(row):23s} " + ", ".join(f"{name} {value:.3f}" for name, value in row["scores"].items()))
+            print(f"{label(row):23s} " + ", ".join(f"{name} {row[name]:.3f}" for name in tasks.SCORES))
         print()
     if args.temperature == 0:
         print("text: " + ("the same, token for token" if all(row["same_text"] for row in table) else "DIFFERS between plain and speculative decoding"))
     if best["speedup"] <= 1:
-        print(f"speculation loses here: its best setting reaches {best['speedup']:.2f}x of plain decoding's {plain:.1f} tokens/s")
+        print(f"speculation loses here: its best setting reaches {best['speedup']:.2f}x of plain decoding's {table[0]['tokens_per_second']:.1f} tokens/s")
     memory = peak_memory_gb(args.device)
     print(f"compilation {sum(row['compile_seconds'] for row in table):.1f} s in all, peak memory {memory:.2f} GB")
     line = json.dumps(dict(settings=tasks.settings(args), table=table, memory_gb=memory, pass_seconds=times,

@@ -105,8 +105,7 @@ def main(argv=None):
 
     build(exits[0], ks[-1]), build(exits[-1], ks[0])  # the largest caches first; and what is out of range shows now
     plain = build(None, 0)
-    same = {k: v for k, v in tasks.settings(args).items() if k not in ("early_exit", "speculate_k", "repeats", "predict", "timed_k", "out", "store")}
-    results = tasks.Results(args.out, same)
+    results = tasks.Results(args.out, tasks.settings(args, "early_exit", "speculate_k", "predict", "timed_k", "out", "store"))
     rows = {(r["exit_layer"], r["k"]): r for r in results.rows}
     cells, predicted = [(e, k) for e in exits for k in ks], {}
     if args.predict:
@@ -118,14 +117,13 @@ def main(argv=None):
     for e, k in tqdm([c for c in cells if c not in rows], desc="measuring", disable=None):
         rows[e, k] = measure(plain, build(e, k), prompts, args.max_new_tokens, args.repeats)
         results.add(rows[e, k])
-    results.write_csv()
+    tasks.write_csv(f"{args.out}.csv", results.rows)
 
     title = f"{args.checkpoint_path.parent.name}/{args.checkpoint_path.name} on {args.device}, temperature {args.temperature}"
     if args.predict:
         rate = statistics.median(r["plain_tokens_per_second"] for r in rows.values())
         map_rows = [dict(exit_layer=e, k=k, tokens_per_second=gain * rate, speedup=gain, mean_accepted=acceptance(counts)[1]) for (e, k), (gain, counts) in predicted.items()]
-        Path(f"{args.out}.predicted.jsonl").write_text("".join(json.dumps(r) + "\n" for r in map_rows))
-        tasks.write_csv(f"{args.out}.predicted.csv", map_rows)
+        tasks.write_rows(f"{args.out}.predicted", map_rows)
         draw(f"{args.out}.predicted.png", map_rows, f"{title} (predicted)")
         both = [(predicted[c][0] / r["speedup"] - 1, c, r) for c, r in rows.items() if c in predicted]
         print(f"\npredicted {len(predicted)} cells in {seconds:.0f} s; against the {len(both)} measured:")

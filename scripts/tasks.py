@@ -133,14 +133,17 @@ def load_task(name, n_shot=0, num_samples=None, seed=0, data_dir=None):
     return [Example(before + e.prompt, e.reference) for e in examples]
 
 
+SCORES = ("rouge1", "rouge2", "rougeL", "bleu", "exact_match", "edit_distance")
+
+
 def score(texts, references):
-    """How close texts come to their references, both stripped: {rouge1, rouge2, rougeL (F-measures, 0 to 1), bleu (corpus, 0 to 100),
-    exact_match (share), edit_distance (characters inserted, deleted or replaced)}, means over the texts."""
+    """How close texts come to their references, both stripped, by SCORES: ROUGE's F-measures (0 to 1), BLEU of the corpus (0 to 100),
+    the share of exact matches, and characters inserted, deleted or replaced; means over the texts."""
     import sacrebleu
     from rapidfuzz.distance import Levenshtein
     from rouge_score.rouge_scorer import RougeScorer
     pairs = [(text.strip(), reference.strip()) for text, reference in zip(texts, references, strict=True)]
-    kinds, mean = ["rouge1", "rouge2", "rougeL"], lambda values: sum(values) / len(pairs)
+    kinds, mean = SCORES[:3], lambda values: sum(values) / len(pairs)
     scorer = RougeScorer(kinds, use_stemmer=True)
     rouge = [scorer.score(reference, text) for text, reference in pairs]
     return {**{kind: mean([r[kind].fmeasure for r in rouge]) for kind in kinds},
@@ -197,9 +200,9 @@ def load_prompts(args, model, tokenizer, spare=0):
     return examples, prompts
 
 
-def settings(args):
-    """The options as JSON can hold them."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+def settings(args, *without):
+    """The options as JSON can hold them, but for some."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in without}
 
 
 def interval(ratios, draws=2000):
@@ -209,32 +212,39 @@ def interval(ratios, draws=2000):
 
 
 class Results:
-    """Results that survive an interrupt: rows in FILE.jsonl, the first of which is what they were measured with, and FILE.csv at the end."""
+    """Rows that survive an interrupt, in FILE.jsonl, the first line of which is what they were measured with."""
 
     def __init__(self, out, measured_with):
-        """out: path without suffix. Continues the file if it was measured with the same; InputError if with something else."""
-        self.path, self.rows = Path(f"{out}.jsonl"), []
+        """out: FILE, or None to keep the rows in memory only. Continues a file that was measured with the same; InputError if with something else."""
+        self.path, self.rows = out and Path(f"{out}.jsonl"), []
+        if not out:
+            return
         header = json.loads(json.dumps(measured_with))
         try:
             lines = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
         except (OSError, ValueError) as error:
             raise InputError(f"--out {out}: {self.path} is not a file of results ({error}); delete it or name another") from None
-        if lines:
-            changed = [k for k in {**header, **lines[0]} if lines[0].get(k) != header.get(k)]
-            if changed:
-                raise InputError(f"--out {out}: {self.path} was measured with {changed[0]} {lines[0].get(changed[0])}, not {header.get(changed[0])}; "
-                                 "name another file, or delete this one")
-            self.rows = lines[1:]
-        else:
+        if not lines:
             self.path.write_text(json.dumps(header) + "\n")
+            return
+        changed = [k for k in {**header, **lines[0]} if lines[0].get(k) != header.get(k)]
+        if changed:
+            raise InputError(f"--out {out}: {self.path} was measured with {changed[0]} {lines[0].get(changed[0])}, not {header.get(changed[0])}; "
+                             "name another file, or delete this one")
+        self.rows = lines[1:]
+        print(f"note: {self.path} has {len(self.rows)} results already; delete it to measure them anew")
 
     def add(self, row):
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
         self.rows.append(row)
+        if self.path:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
 
-    def write_csv(self):
-        write_csv(self.path.with_suffix(".csv"), self.rows)
+
+def write_rows(out, rows):
+    """Rows, dicts of the same keys, as FILE.jsonl and FILE.csv."""
+    Path(f"{out}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_csv(f"{out}.csv", rows)
 
 
 def write_csv(path, rows):

@@ -189,21 +189,22 @@ def window(ids, index, context, seed):
 
 
 @torch.no_grad()
-def evaluate(objective, ids, context, batch_size, max_tokens, amp, device):
-    """Loss and agreement of every exit on consecutive windows of the validation ids.
+def evaluate(objective, ids, context, batch_size, max_tokens, amp, device, reference=None):
+    """Loss and agreement of every exit on consecutive windows of the validation ids. A progress bar shows where it is.
 
     Returns (losses (L,) in nats per token, agreement (L,): share of positions where the exit's greedy token is the
-    last layer's, tokens counted).
+    last layer's, or that of another model, the reference; tokens counted).
     """
     count = min((len(ids) - 1) // context, max(1, max_tokens // context))
     starts = torch.linspace(0, len(ids) - 1 - context, count).long()
     losses = agreement = 0
-    for chunk in starts.split(batch_size):
+    for chunk in tqdm(starts.split(batch_size), desc="evaluating", leave=False, disable=None):
         batch = torch.stack([ids[s:s + context + 1] for s in chunk.tolist()]).long().to(device)
         with amp:
             loss, choices = objective.exits(batch[:, :-1], batch[:, 1:])
+            wanted = reference.logits(reference(batch[:, :-1])).argmax(-1) if reference else choices[-1]
         losses = losses + loss.double().cpu()
-        agreement = agreement + (choices == choices[-1]).sum((1, 2)).double().cpu()
+        agreement = agreement + (choices == wanted).sum((1, 2)).double().cpu()
     total = count * context
     return losses / total, agreement / total, total
 
