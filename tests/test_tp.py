@@ -116,8 +116,8 @@ def worker(folder):
     torch.save(found, folder / f"{shard.size}-{shard.rank}.pt")
 
 
-def torchrun(n, *command, **how):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+def torchrun(n, *command, threads=1, **how):
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *map(str, command)], env=env,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
 
@@ -243,7 +243,7 @@ def settle(process, timeout=100, **how):
 def test_torchrun_prints_once(folder, tmp_path):
     args = [ROOT / "generate.py", "--checkpoint_path", folder / "llama3" / "model.pth", "--prompt", "def", "--num_samples", "2", "--max_new_tokens", "20", "--temperature", "0.9",
             "--self_speculative", "--early_exit", "2", "--json", "-", "--profile", tmp_path / "trace.json"]
-    code, output, errors = settle(torchrun(2, *args))
+    code, output, errors = settle(torchrun(2, *args, threads=2))  # in a team of threads one of them talks to the other processes
     assert code == 0 and not errors and output.count("Average tokens/sec") == output.count('"samples"') == 1
     single = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True)
     ours, theirs = (json.loads(text.splitlines()[-1])["samples"] for text in (output, single.stdout))
@@ -272,7 +272,7 @@ def ranks(process):
 @pytest.mark.parametrize("killed,interactive", [(0, False), (1, False), (0, True), (1, True)])
 def test_a_killed_rank_ends_all(killed, interactive, folder):
     args = ["--interactive"] if interactive else ["--num_samples", "100000"]
-    process = torchrun(2, ROOT / "generate.py", "--checkpoint_path", folder / "llama3" / "model.pth", "--prompt", "def", *args)
+    process = torchrun(2, ROOT / "generate.py", "--checkpoint_path", folder / "llama3" / "model.pth", "--prompt", "def", *args, threads=2)
     try:
         for line in process.stdout:
             if line.startswith(("Time for inference 1", "Type a prompt")):
