@@ -21,8 +21,9 @@ from torch import Tensor
 
 import kernels
 import tune
-from model import InputError, Transformer, check_device, check_writable, count_parameters, load_model, run_command
+from model import InputError, Transformer, check_device, check_writable, count_parameters, load_model
 from tokenizer import Tokenizer
+from tp import run_command, start
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 INTERACTIVE_ROWS = 8192  # what --interactive provides for, of contexts that may be far longer
@@ -132,7 +133,8 @@ class Decoder:
 
         draft_head: "int8" drafts with a copy of the head rounded to int8, which reads a quarter or half of the bytes;
         "full" with the head itself. What is emitted has the same distribution, and at temperature 0 is the same.
-        k is ignored in plain decoding (neither exit_layer nor draft_model). Raises InputError for an exit layer or k out
+        k is ignored in plain decoding (neither exit_layer nor draft_model). Of a model split over several processes (tp.py), all must
+        do the same with their decoders; the tokens are those of the first. Raises InputError for an exit layer or k out
         of range, or a draft model of another vocabulary.
         """
         config = model.config
@@ -163,6 +165,8 @@ class Decoder:
         self.offsets = torch.arange(self.K + 1, device=device)
         self.random = torch.Generator(device)
         self.random.manual_seed(seed) if seed is not None else self.random.seed()
+        if model.shard:
+            self.random.manual_seed(model.shard.share(self.random.initial_seed()))
         self.stats = None  # of the last generation
         self.propose, self.verify, self.prefill = self._propose, self._verify, self._prefill
         if compile:  # each decoder compiles the same two functions for its own model, exit layer and k
@@ -183,9 +187,13 @@ class Decoder:
     def choose(self, logits, u):
         """The next token (1, 1) for logits (1, V) and u (1,), and the probabilities (1, V) it was drawn from."""
         if self.sampling.temperature == 0:
-            return logits.argmax(-1, keepdim=True), None
+            return self.agree(logits.argmax(-1, keepdim=True)), None
         probs = self.sampling.distribution(logits)
-        return draw(probs, u)[:, None], probs
+        return self.agree(draw(probs, u)[:, None]), probs
+
+    def agree(self, tokens):
+        """What the first of the processes chose."""
+        return kernels.broadcast(tokens, self.model.shard) if self.model.shard else tokens
 
     def _prefill(self, prompt, u):
         """Fill the caches from the prompt (1, T) and return the first token (1, 1)."""
@@ -196,7 +204,7 @@ class Decoder:
     def draft_logits(self, h):
         """What drafting chooses from: logits (..., V) for hidden states h (..., D) of an exit."""
         if self.draft_head:
-            return kernels.linear(self.drafter.norm(h), *self.draft_head)
+            return self.drafter.head.combine(kernels.linear(self.drafter.norm(h), *self.draft_head))
         return self.drafter.logits(h)
 
     def _propose(self, token, pos, u):
@@ -217,10 +225,11 @@ class Decoder:
             x, start = tokens, 0
         logits = self.model.logits(self.model(x, pos + self.offsets, start)[0])  # (K+1, V)
         p = torch.cat(probs) if probs and probs[0] is not None else logits.new_zeros(0, logits.shape[-1])
-        out, n = accept(tokens[0, 1:], p, logits, u, self.sampling)
-        self.token.copy_(out.index_select(0, n)[None])
+        result = self.agree(torch.cat(accept(tokens[0, 1:], p, logits, u, self.sampling)))  # (K+2,)
+        n = result[-1:]
+        self.token.copy_(result.index_select(0, n)[None])
         self.pos.add_(n + 1)
-        return torch.cat((out, n))
+        return result
 
     def round(self, on_draft=None):
         """Draft K tokens and verify them, without asking the device for anything. Returns (K+2,) as `_verify` does."""
@@ -311,7 +320,7 @@ class Decoder:
     # The byte model: decoding reads every weight once a pass, so bytes are the currency.
 
     def bytes_per_round(self):
-        """Bytes of weights that one round reads: K drafting steps, and one full pass (two models: two)."""
+        """Bytes of weights that this process reads in one round: K drafting steps, and one full pass (two models: two)."""
         full = span_bytes(self.model, 0, None)
         if not self.drafter:
             return full
@@ -413,25 +422,26 @@ def encode(tokenizer, config, text):
     return [config.bos_id] * (config.bos_id is not None) + tokenizer.encode(text)
 
 
-def find_checkpoint(args):
-    """The path of model.pth that the arguments name; `--model REPO` (or a local folder) is prepared if it isn't there."""
+def find_checkpoint(args, shard):
+    """The path of model.pth that the arguments name; `--model REPO` (or a local folder) is prepared by the first process if it isn't there."""
     if not args.model:
         return args.checkpoint_path or CHECKPOINTS / "demo" / "model.pth"
     folder = Path(args.model) if Path(args.model).is_dir() else CHECKPOINTS / args.model
-    if not (folder / "model.pth").is_file():
+    if shard.rank == 0 and not (folder / "model.pth").is_file():
         script = CHECKPOINTS.parent / "scripts" / "prepare.sh"
         if subprocess.run(["bash", script, args.model], env={**os.environ, "PYTHON": sys.executable}).returncode:
             sys.exit(1)  # it has said why
+    shard.gather(None)
     return folder / "model.pth"
 
 
-def load(path, device, precision):
-    """(model, tokenizer) of a checkpoint file. precision None: bfloat16 on CUDA, float32 on the CPU."""
+def load(path, device, precision, shard=None):
+    """(model, tokenizer) of a checkpoint file. precision None: bfloat16 on CUDA, float32 on the CPU. shard: as in `load_model`."""
     path = Path(path)
     check_device(device)
     if precision is None:
         precision = "bfloat16" if torch.device(device).type == "cuda" else "float32"
-    model = load_model(path, device, getattr(torch, precision))
+    model = load_model(path, device, getattr(torch, precision), shard)
     tokenizer = Tokenizer.load(path.parent)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(f"{path.parent}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}: they don't belong together")
@@ -512,8 +522,9 @@ def make_decoder(args, model, draft_model, rows):
         sampling=Sampling(args.temperature, args.top_k, args.top_p), rows=rows, compile=args.compile, compile_prefill=args.compile_prefill, seed=args.seed)
 
 
-def settle_auto(args, path, model, prompt):
-    """Replace auto in the arguments by the fastest exit layer and draft length; by plain decoding if that is faster. Says which, and how it knows."""
+def settle_auto(args, path, model, prompt, shard):
+    """Replace auto in the arguments by the fastest exit layer and draft length; by plain decoding if that is faster. Says which, and how it knows.
+    What the first process measures is what all take."""
     exits, ks = (None if value == "auto" else value for value in (model.config.default_exit if args.early_exit is None else args.early_exit, args.speculate_k))
 
     def build(exit_layer, k, rows):
@@ -521,7 +532,8 @@ def settle_auto(args, path, model, prompt):
         return make_decoder(own, model, None, rows)
 
     key = tune.key(model, args.compile, args.temperature)
-    exit_layer, k, why = tune.stored(path, key) if exits is ks is None and tune.stored(path, key) else tune.calibrate(build, model, prompt, exits, ks)
+    stored = shard.share(tune.stored(path, key) if exits is ks is None else None)
+    exit_layer, k, why = stored or shard.share(tune.calibrate(build, model, prompt, exits, ks))
     args.self_speculative, args.early_exit, args.speculate_k = exit_layer is not None, exit_layer, k
     print(f"auto: {f'--early_exit {exit_layer} --speculate_k {k}' if args.self_speculative else 'plain decoding, which no draft beats'} ({why})")
 
@@ -546,13 +558,17 @@ def describe(decoder, stats):
     return f"{stats.prefill_seconds:.3f} s prefill of {stats.prompt_tokens} tokens, {stats.decode_seconds:.2f} s decoding, {len(stats.tokens)} tokens, {rate}"
 
 
-def interact(decoder, tokenizer, args):
-    display = DraftDisplay(tokenizer, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb")
+def interact(decoder, tokenizer, args, shard):
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    display = DraftDisplay(tokenizer, shard.share(colour))
     print("Type a prompt; Ctrl-C stops an answer, Ctrl-D ends.")
     while True:
         try:
-            line = input("> ")
+            line = input("> ") if shard.rank == 0 else None
         except EOFError:
+            line = None
+        line = shard.share(line)
+        if line is None:
             print()
             return
         try:
@@ -571,19 +587,21 @@ def interact(decoder, tokenizer, args):
 
 def main(argv=None):
     args = parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError(f"started with {os.environ['WORLD_SIZE']} processes, but tensor parallelism is not there yet: start one")
-    path = find_checkpoint(args)
-    model, tokenizer = load(path, args.device, args.precision)
+    shard = start()
+    args.device = shard.device(args.device)
+    path = find_checkpoint(args, shard)
+    model, tokenizer = load(path, args.device, args.precision, shard)
     draft_model, prompt = None, encode(tokenizer, model.config, args.prompt)
     if args.draft_checkpoint_path:
-        draft_model, draft_tokenizer = load(args.draft_checkpoint_path, args.device, args.precision)
+        draft_model, draft_tokenizer = load(args.draft_checkpoint_path, args.device, args.precision, shard)
         if draft_tokenizer.encode(args.prompt) != tokenizer.encode(args.prompt):
             raise InputError(f"--draft_checkpoint_path {args.draft_checkpoint_path}: its tokenizer reads the prompt differently from that of {path}: they must share one")
+    shard.gather(None)  # some may take much longer to load than others, and a collective waits only so long
     if "auto" in (args.early_exit, args.speculate_k):
-        settle_auto(args, path, model, prompt)
+        settle_auto(args, path, model, prompt, shard)
     decoder = make_decoder(args, model, draft_model, INTERACTIVE_ROWS if args.interactive else len(prompt) + args.max_new_tokens)
-    print(f"{path}: {count_parameters(model.config) / 1e6:.1f}M parameters, {model.config.n_layer} layers, {model.config.quantization or str(model.embed.weight.dtype)[6:]} on {args.device}")
+    print(f"{path}: {count_parameters(model.config) / 1e6:.1f}M parameters, {model.config.n_layer} layers, {model.config.quantization or str(model.embed.weight.dtype)[6:]} on {args.device}"
+          + (f", {shard.size} processes" if shard.size > 1 else ""))
 
     with torch.inference_mode():
         if model.config.quantization and not kernels.backend(model.embed.weight, 1):
@@ -601,7 +619,7 @@ def main(argv=None):
         print(f"Compilation time: {compile_seconds:.2f} seconds")
         decoder.random.manual_seed(args.seed)
     if args.interactive:
-        return interact(decoder, tokenizer, args)
+        return interact(decoder, tokenizer, args, shard)
 
     samples = []
     for i in range(args.num_samples):
@@ -614,7 +632,8 @@ def main(argv=None):
     if args.profile:  # one more sample, which is not reported: profiling slows it
         with torch.profiler.profile() as profile:
             run_sample(decoder, tokenizer, prompt, args)
-        profile.export_chrome_trace(str(args.profile))
+        if shard.rank == 0:
+            profile.export_chrome_trace(str(args.profile))
 
     rates = [s["tokens_per_second"] for s in samples]
     counts = [sum(c) for c in zip(*(s["accept_counts"] for s in samples))]
@@ -622,21 +641,23 @@ def main(argv=None):
     decode_seconds = sum(s["decode_seconds"] for s in samples)
     report = dict(
         samples=samples, tokens_per_second=statistics.median(rates), acceptance_probs=probs, mean_accepted=mean_accepted,
-        memory_gb=peak_memory_gb(args.device),
+        memory_gb=max(shard.gather(peak_memory_gb(args.device))),
         bandwidth_gb_per_s=sum(counts) * decoder.bytes_per_round() / decode_seconds / 1e9 if decode_seconds else 0.0,
         ideal_speedup=decoder.ideal_speedup(mean_accepted), compile_seconds=compile_seconds,
-        settings={**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "exit_layer": decoder.exit_layer, "torch": torch.__version__})
+        settings={**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "exit_layer": decoder.exit_layer,
+                  "processes": shard.size, "torch": torch.__version__})
     print("=" * 10)
     print({"tokens_per_sec": rates, "accept_counts": [s["accept_counts"] for s in samples]})
     if decoder.K:
         print(f"Acceptance probs: {probs}\nMean Accepted: {mean_accepted}")
         print(f"Ideal speedup for these acceptances: {report['ideal_speedup']:.2f}x (if time were bytes of weights)")
     print(f"Average tokens/sec: {statistics.mean(rates):.2f} (median {report['tokens_per_second']:.2f})")
-    print(f"Bandwidth achieved: {report['bandwidth_gb_per_s']:.2f} GB/s of weights")
-    print(f"Memory used: {report['memory_gb']:.2f} GB")
+    each = " by each process" if shard.size > 1 else ""
+    print(f"Bandwidth achieved: {report['bandwidth_gb_per_s']:.2f} GB/s of weights{each}")
+    print(f"Memory used: {report['memory_gb']:.2f} GB{each and each + ' at most'}")
     if args.json == "-":
         print(json.dumps(report))
-    elif args.json:
+    elif args.json and shard.rank == 0:
         Path(args.json).write_text(json.dumps(report) + "\n")
 
 

@@ -6,10 +6,14 @@
 #include <torch/library.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
 #include <cmath>
+#include <exception>
 #include <optional>
+#include <string>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -269,7 +273,16 @@ static void attend(const float* q, const T* k, const T* v, float* y, int64_t las
 
 using MaybeTensors = c10::List<std::optional<at::Tensor>>;
 
-// The layers of a model, one after the other, as Block in model.py has them.
+// One of PyTorch's functional collectives; its group of processes goes by name.
+template <typename... Args>
+static at::Tensor collective(const char* name, const Args&... args) {
+  torch::jit::Stack stack{c10::IValue(args)...};
+  c10::Dispatcher::singleton().findSchemaOrThrow(name, "").callBoxed(&stack);
+  return stack[0].toTensor();
+}
+
+// The layers of a model, one after the other, as Block in model.py has them. With a group of processes, of which each has a part
+// of every layer, the parts' outputs are added in the order of the ranks, so that all processes have the same sum.
 template <typename T>
 struct Layers {
   struct Layer {
@@ -282,6 +295,10 @@ struct Layers {
   const int64_t* pos;                 // (L)
   const float *cos, *sin;             // (L, C/2)
   float eps;
+  std::optional<std::string> group;
+  int64_t processes;
+  at::Tensor gathered;        // (processes, M, D)
+  std::exception_ptr failed;
   std::vector<float> x, qkv, mixed, hidden, act;  // (M, D), (M, (H + 2G) C), (M, H C), (M, 2F), (M, F)
 
   void run(Member me) {
@@ -290,6 +307,26 @@ struct Layers {
     auto add = [&](const std::vector<float>& y, int64_t begin, int64_t end) {
       for (int64_t m = 0; m < M; m++)
         for (int64_t i = m * D + begin; i < m * D + end; i++) x[i] = (float)(T)(x[i] + y[i]);
+    };
+    // Adds to columns [begin, end) of y (M, D) the other processes' y. False if one of them is lost; an exception may not leave the team.
+    auto add_others = [&](std::vector<float>& y, int64_t begin, int64_t end) {
+      if (!group) return true;
+      me.meet();
+      if (me.index == 0) try {  // the calling thread
+          at::Tensor own = at::from_blob(y.data(), {M, D}, at::kFloat);
+          gathered = collective("_c10d_functional::wait_tensor", collective("_c10d_functional::all_gather_into_tensor", own, processes, *group));
+        } catch (...) {
+          failed = std::current_exception();
+        }
+      me.meet();
+      if (failed) return false;
+      const float* part = gathered.const_data_ptr<float>();
+      for (int64_t m = 0; m < M; m++)
+        for (int64_t i = m * D + begin; i < m * D + end; i++) {
+          y[i] = part[i];
+          for (int64_t p = 1; p < processes; p++) y[i] += part[p * M * D + i];
+        }
+      return true;
     };
     auto [d_begin, d_end] = me.share(D);
     auto [f_begin, f_end] = me.share(F);
@@ -313,6 +350,7 @@ struct Layers {
       }
       me.meet();
       product(mixed.data(), M, layer.out, hidden.data(), d_begin, d_end);
+      if (!add_others(hidden, d_begin, d_end)) return;
       add(hidden, d_begin, d_end);
       me.meet();
       for (int64_t m = 0; m < M; m++) normalize(&x[m * D], layer.norm2, &normed[m * D], D, eps);
@@ -322,6 +360,7 @@ struct Layers {
         gated(&hidden[m * 2 * F + f_begin], &hidden[(m * 2 + 1) * F + f_begin], &act[m * F + f_begin], f_end - f_begin);
       me.meet();
       product(act.data(), M, layer.down, qkv.data(), d_begin, d_end);
+      if (!add_others(qkv, d_begin, d_end)) return;
       add(qkv, d_begin, d_end);
       me.meet();
     }
@@ -329,10 +368,11 @@ struct Layers {
 };
 
 // x (B, L, D) at positions pos (L), cos and sin (L, 1, C/2) -> the same after the layers, whose keys and values go into the caches.
-// For each layer its two norms (D) and the matrices qkv, out, gate_up, down, see Matrix.
+// For each layer its two norms (D) and the matrices qkv, out, gate_up, down, see Matrix; with a group, this process's part of them.
 template <typename T>
 static at::Tensor run_layers(const at::Tensor& x, const at::Tensor& pos, const at::Tensor& cos, const at::Tensor& sin, at::TensorList norms,
-                             at::TensorList weights, const MaybeTensors& scales, const MaybeTensors& zeros, at::TensorList k_caches, at::TensorList v_caches, double eps) {
+                             at::TensorList weights, const MaybeTensors& scales, const MaybeTensors& zeros, at::TensorList k_caches, at::TensorList v_caches, double eps,
+                             std::optional<std::string> group, int64_t processes) {
   Layers<T> s;
   const at::Tensor& cache = k_caches[0];
   s.B = x.size(0), s.L = x.size(1), s.M = s.B * s.L, s.D = x.size(2), s.G = cache.size(1), s.S = cache.size(2), s.C = cache.size(3);
@@ -348,20 +388,23 @@ static at::Tensor run_layers(const at::Tensor& x, const at::Tensor& pos, const a
     TORCH_CHECK(l.qkv.K == s.D && l.qkv.N == (s.H + 2 * s.G) * s.C && l.out.K == s.H * s.C && l.out.N == s.D && l.gate_up.K == s.D && l.gate_up.N == 2 * s.F && l.down.K == s.F && l.down.N == s.D);
   TORCH_CHECK(s.C <= 512 && pos.is_contiguous() && pos.numel() == s.L && cos.is_contiguous() && sin.is_contiguous() && cos.numel() == s.L * s.C / 2);
   s.pos = pos.const_data_ptr<int64_t>(), s.cos = cos.const_data_ptr<float>(), s.sin = sin.const_data_ptr<float>(), s.eps = eps;
+  s.group = group, s.processes = processes;
   at::Tensor input = x.contiguous(), y = at::empty_like(input);
   const T* from = input.template const_data_ptr<T>();
   T* to = y.template mutable_data_ptr<T>();
   s.x.assign(from, from + s.M * s.D);
   s.qkv.resize(s.M * std::max((s.H + 2 * s.G) * s.C, s.D)), s.mixed.resize(s.M * s.H * s.C), s.hidden.resize(s.M * std::max(2 * s.F, s.D)), s.act.resize(s.M * s.F);
   team([&](Member me) { s.run(me); });
+  if (s.failed) std::rethrow_exception(s.failed);
   std::copy(s.x.begin(), s.x.end(), to);
   return y;
 }
 
 at::Tensor layers(const at::Tensor& x, const at::Tensor& pos, const at::Tensor& cos, const at::Tensor& sin, at::TensorList norms, at::TensorList weights,
-                  const MaybeTensors& scales, const MaybeTensors& zeros, at::TensorList k_caches, at::TensorList v_caches, double eps) {
+                  const MaybeTensors& scales, const MaybeTensors& zeros, at::TensorList k_caches, at::TensorList v_caches, double eps,
+                  std::optional<std::string> group, int64_t processes) {
   auto run = x.scalar_type() == at::kFloat ? run_layers<float> : run_layers<c10::BFloat16>;
-  return run(x, pos, cos, sin, norms, weights, scales, zeros, k_caches, v_caches, eps);
+  return run(x, pos, cos, sin, norms, weights, scales, zeros, k_caches, v_caches, eps, group, processes);
 }
 
 // x (..., K) float32 or bfloat16 times w transposed, see Matrix -> (..., N) of x's type.
@@ -394,7 +437,7 @@ at::Tensor norm(const at::Tensor& x, const at::Tensor& w, double eps) {
 }
 
 TORCH_LIBRARY(layerskip, m) {
-  m.def("layers(Tensor x, Tensor pos, Tensor cos, Tensor sin, Tensor[] norms, Tensor[] weights, Tensor?[] scales, Tensor?[] zeros, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, float eps) -> Tensor");
+  m.def("layers(Tensor x, Tensor pos, Tensor cos, Tensor sin, Tensor[] norms, Tensor[] weights, Tensor?[] scales, Tensor?[] zeros, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, float eps, str? group=None, int processes=1) -> Tensor");
   m.def("linear(Tensor x, Tensor w, Tensor? scale=None, Tensor? zero=None) -> Tensor");
   m.def("norm(Tensor x, Tensor w, float eps) -> Tensor");
 }

@@ -6,6 +6,7 @@ has all of a model's layers as one operation. Every output row is computed by th
 go with it, so drafting, verifying and plain decoding agree bit for bit. Elsewhere, and where the library can't be built, plain
 PyTorch does the same work, slower and without that promise.
 """
+import functools
 import hashlib
 import os
 import platform
@@ -239,6 +240,56 @@ def attend(q, k_cache, v_cache, pos):
     mask = torch.arange(k_cache.shape[2], device=pos.device) <= pos[:, None]  # (T, S)
     y = F.scaled_dot_product_attention(q.transpose(1, 2), k_cache, v_cache, attn_mask=mask, enable_gqa=q.shape[2] > k_cache.shape[1])
     return y.transpose(1, 2)
+
+
+# Between the processes of tp.py, each of which has a part of every matrix. Collectives go by the name of the group, so that the
+# compiler traces them and a CUDA graph records them.
+
+def gather(x, shard):
+    """x (...) of all processes, in the order of their ranks: (N, ...), the same on each."""
+    parts = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), shard.size, shard.group)
+    return torch.ops._c10d_functional.wait_tensor(parts).view(shard.size, *x.shape)
+
+
+def broadcast(x, shard):
+    """x of the first process, on each."""
+    return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.broadcast(x, 0, shard.group))
+
+
+def all_reduce(x, shard):
+    """The sum of all processes' x (..., D), the same on each. Few rows are added in the order of the ranks, as a library would add them in
+    one that depends on where in memory a number lies, and so on how many rows there are."""
+    if x.numel() > MAX_ROWS * x.shape[-1]:
+        return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(x, "sum", shard.group))
+    if shard.direct and x.device.type == "cuda" and x.dtype in (torch.float32, torch.bfloat16):
+        return torch.ops.layerskip.one_shot(x, shard.group)
+    return sum(gather(x, shard).float().unbind()).to(x.dtype)
+
+
+def all_gather(x, shard):
+    """All processes' parts x (..., V/N) of the logits, side by side: (..., V), the same on each."""
+    return gather(x, shard).movedim(0, -2).flatten(-2)
+
+
+@functools.cache
+def shared_buffer(numel, dtype, device, group):
+    """A buffer (numel,) for each GPU that all of the group can read."""
+    from torch.distributed import _symmetric_memory as symmetric
+    buffer = symmetric.empty(numel, dtype=dtype, device=device)
+    symmetric.rendezvous(buffer, group)
+    return buffer
+
+
+@torch.library.custom_op("layerskip::one_shot", mutates_args=())
+def one_shot(x: torch.Tensor, group: str) -> torch.Tensor:
+    """`all_reduce` in one step on GPUs that read each other's memory: each reads all parts and adds them in the order of the ranks."""
+    buffer = shared_buffer(MAX_ROWS * x.shape[-1], x.dtype, x.device, group)
+    return torch.ops.symm_mem.one_shot_all_reduce_copy(buffer[:x.numel()].view(x.shape), x.contiguous(), "sum", group)
+
+
+@one_shot.register_fake
+def _(x, group):
+    return torch.empty_like(x)
 
 
 def norm(x, w, eps):

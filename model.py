@@ -154,8 +154,7 @@ class Attention(nn.Module):
         self.register_buffer("v_cache", None, persistent=False)  # (B, G, S, C)
 
     def forward(self, x, pos, rope, cached):
-        B, T, _ = x.shape
-        qkv = self.wqkv(x).view(B, T, -1, self.head_dim)  # (B, T, H + 2G, C)
+        qkv = self.wqkv(x).unflatten(2, (-1, self.head_dim))  # (B, T, H + 2G, C)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if self.k_cache is not None:
@@ -166,7 +165,7 @@ class Attention(nn.Module):
         else:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads > self.kv_heads).transpose(1, 2)
-        return self.wo(y.reshape(B, T, -1))
+        return self.wo(y.flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -195,13 +194,14 @@ class Block(nn.Module):
         return x + self.ffn(self.ffn_norm(x))
 
 
-def run_layers(layers, x, pos, rope):
+def run_layers(layers, x, pos, rope, shard):
     """The same as calling the layers one after the other, as one operation of the CPU's kernels."""
+    group = (shard.group, shard.size) if shard else ()
     matrices = [m for l in layers for m in (l.attention.wqkv, l.attention.wo, l.ffn.w13, l.ffn.w2)]
     norms = [n.weight for l in layers for n in (l.attention_norm, l.ffn_norm)]
     k_caches, v_caches = [l.attention.k_cache for l in layers], [l.attention.v_cache for l in layers]
     weights, scales, zeros = ([getattr(m, part) for m in matrices] for part in ("weight", "scale", "zero"))
-    return torch.ops.layerskip.layers(x, pos, *rope, norms, weights, scales, zeros, k_caches, v_caches, layers[0].attention_norm.eps)
+    return torch.ops.layerskip.layers(x, pos, *rope, norms, weights, scales, zeros, k_caches, v_caches, layers[0].attention_norm.eps, *group)
 
 
 class Transformer(nn.Module):
@@ -210,11 +210,14 @@ class Transformer(nn.Module):
     With `setup_caches`, every call writes its keys and values at its own positions' rows. A query sees the rows up to
     its position and none beyond, so a rejected draft needs no cleaning up: move the position back, and the rows are
     written again before anything sees them.
+
+    It may be one process's part of a model (tp.py), which all processes run alike: every one gets the same hidden states and logits.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
+        self.config = config  # of the whole model
+        self.shard = None  # which part of it this is
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -225,16 +228,17 @@ class Transformer(nn.Module):
     def tie(self):
         """Make the head the embedding, where the architecture has it so; quantized, the head is a copy of its own."""
         if self.config.tied and not self.config.quantization:
-            self.head.weight = self.embed.weight
+            self.head.weight = nn.Parameter(*self.head.pieces(self.embed.weight), requires_grad=False) if self.shard else self.embed.weight
 
     def setup_caches(self, rows, batch=1):
         """See to KV caches of at least `rows` positions in every layer, in the weights' dtype and on their device."""
-        weight, cache = self.embed.weight, self.layers[0].attention.k_cache
+        weight, attention = self.embed.weight, self.layers[0].attention
+        cache = attention.k_cache
         if weight.device.type == "cpu":
             kernels.prepare()
         if cache is not None and cache.shape[0] == batch and cache.shape[2] >= rows:
             return
-        shape = (batch, self.config.n_kv_head, rows, self.config.head_dim)
+        shape = (batch, attention.kv_heads, rows, attention.head_dim)
         check_memory(2 * self.config.n_layer * math.prod(shape) * weight.itemsize, weight.device, f"a KV cache of {rows} positions")
         for layer in self.layers:
             layer.attention.k_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
@@ -266,7 +270,7 @@ class Transformer(nn.Module):
         pos, rope, cached = self.positions(x.shape[1], pos)
         layers = self.layers[start:stop]
         if cached and kernels.backend(x, x.shape[0] * x.shape[1]) == "cpu":
-            return run_layers(layers, x, pos, rope)
+            return run_layers(layers, x, pos, rope, self.shard)
         for layer in layers:
             x = layer(x, pos, rope, cached)
         return x
@@ -376,11 +380,11 @@ def check_writable(option, path):
         raise InputError(f"{option} {path}: can't be written; name a file in an existing, writable folder")
 
 
-def load_model(path, device="cpu", dtype=torch.float32):
-    """Load `model.pth` with the `model.json` beside it, in evaluation mode, without caches.
+def load_model(path, device="cpu", dtype=torch.float32, shard=None):
+    """Load `model.pth` with the `model.json` beside it, in evaluation mode, without caches; with a tp.Shard, that part of it.
 
-    The file is mapped, never unpickled as code, and its tensors go to the device one by one.
-    Raises InputError if a file is missing or damaged, or if names or shapes don't fit the description.
+    The file is mapped, never unpickled as code, and its tensors go to the device one by one, of which only the part is read.
+    Raises InputError if a file is missing or damaged, if names or shapes don't fit the description, or if it can't be split.
     """
     path = Path(path)
     state = read_state(path)
@@ -388,10 +392,14 @@ def load_model(path, device="cpu", dtype=torch.float32):
         raise InputError(f"{path}: holds more than tensors; a checkpoint of scripts/convert_hf_checkpoint.py was expected")
     config = ModelConfig.load(path.with_suffix(".json"))
     check_state(state, config, path)
-    model = empty_model(config, device, dtype, path)
+    model = empty_model(config, device, dtype, path, shard)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     for name, t in model.state_dict().items():
         if name in state:
-            t.copy_(state[name])
+            linear = linears.get(name.rpartition(".")[0])
+            pieces = linear.pieces(state[name]) if linear else [state[name]]
+            for own, piece in zip(t.split([len(piece) for piece in pieces]), pieces):
+                own.copy_(piece)
             release(state[name])
     return model
 
@@ -404,15 +412,18 @@ def release(mapped):
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first * mmap.PAGESIZE), ctypes.c_size_t((last - first) * mmap.PAGESIZE), mmap.MADV_DONTNEED)
 
 
-def empty_model(config, device, dtype, what):
-    """A Transformer for inference whose weights are not set yet; dtype is theirs where they are not quantized.
+def empty_model(config, device, dtype, what, shard=None):
+    """A Transformer for inference, or a tp.Shard's part of it, whose weights are not set yet; dtype is theirs where they are not quantized.
 
-    Raises InputError if `what` doesn't fit into memory.
+    Raises InputError if `what` doesn't fit into memory or can't be split.
     """
     with torch.device("meta"):
         model = Transformer(config)
-    types = {name: dtype if isinstance(t, nn.Parameter) else t.dtype for name, t in model.state_dict(keep_vars=True).items()}
-    tensors = expected_tensors(config)
+        if shard:
+            shard.split(model)
+    names = expected_tensors(config).keys()
+    tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if name in names}
+    types = {name: dtype if isinstance(t, nn.Parameter) else t.dtype for name, t in tensors.items()}
     sizes = [-(-t.numel() * types[name].itemsize // 64) * 64 for name, t in tensors.items()]  # whole cache lines
     check_memory(sum(sizes), device, f"{what} in {str(dtype)[6:]}")
     on_cpu = torch.device(device).type == "cpu"

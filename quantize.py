@@ -23,10 +23,15 @@ GROUPSIZES = (32, 64, 128, 256)
 
 class Linear(nn.Module):
     """A product without bias, on the kernels that suit the number of rows. quantization: None, "int8" or "int4"; the latter
-    falls back to int8 where groupsize doesn't divide `inputs`."""
+    falls back to int8 where groupsize doesn't divide `inputs`.
+
+    `keep` makes it one process's part of the matrix. Its format stays the whole matrix's."""
 
     def __init__(self, inputs, outputs, quantization=None, groupsize=None):
         super().__init__()
+        self.inputs = inputs  # of the whole matrix
+        self.rows, self.columns = [(0, outputs)], (0, inputs)  # what of it is here
+        self.combine = lambda y: y  # makes the processes' products the whole one
         self.register_buffer("scale", None)
         self.register_buffer("zero", None)
         if quantization is None:
@@ -39,8 +44,28 @@ class Linear(nn.Module):
             self.register_buffer("weight", torch.empty(outputs, inputs // 2, dtype=torch.uint8))
             self.scale, self.zero = (torch.empty(outputs, inputs // groupsize, dtype=torch.bfloat16) for _ in range(2))
 
+    @property
+    def unit(self):
+        """Columns that can't be parted: int4's groups."""
+        return 1 if self.zero is None else self.inputs // self.zero.shape[1]
+
+    def keep(self, rows=None, columns=None, combine=None):
+        """Become the part that has these rows [(begin, end), ...] and columns (begin, end), whole units; None: all. Weights are set afterwards.
+        combine: function of the product with this part (..., N) that returns the whole matrix's, or what of it is wanted here."""
+        self.rows, self.columns, self.combine = rows or self.rows, columns or self.columns, combine or self.combine
+        for name, whole in self.state_dict().items():
+            part = torch.cat(self.pieces(whole))
+            setattr(self, name, nn.Parameter(part, requires_grad=False) if name in self._parameters else part)
+
+    def pieces(self, whole):
+        """Of a tensor of the whole matrix (weight, scale or zero) views that one below the other are this part's."""
+        if whole.dim() == 2:
+            width = self.inputs // whole.shape[1]  # columns that an element stands for: 2 in int4's bytes, a group in its scales
+            whole = whole[:, self.columns[0] // width:self.columns[1] // width]
+        return [whole[begin:end] for begin, end in self.rows]
+
     def forward(self, x):
-        return kernels.linear(x, self.weight, self.scale, self.zero)
+        return self.combine(kernels.linear(x, self.weight, self.scale, self.zero))
 
 
 def int4_range(w):

@@ -121,9 +121,11 @@ def tuned_path(checkpoint):
 
 
 def key(model, compile, temperature):
-    """What a fastest setting holds for: the device's name, the precision, whether decoding is compiled, and whether it is greedy."""
+    """What a fastest setting holds for: the device's name, and how many of them, the precision, whether decoding is compiled, and whether it is greedy."""
     weight = model.embed.weight
     device = torch.cuda.get_device_name(weight.device) if weight.device.type == "cuda" else weight.device.type
+    if model.shard:
+        device = f"{model.shard.size} x {device}"
     return dict(device=device, precision=str(weight.dtype)[6:], compile=compile, greedy=temperature == 0)
 
 

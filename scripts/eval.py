@@ -20,7 +20,7 @@ import torch
 import tasks
 from generate import CHECKPOINTS, Decoder, Sampling, encode, load
 from model import InputError, check_device, check_writable, run_command
-from train import evaluate
+from train import LayerSkipLoss, evaluate
 
 def plot(path, rows, title):
     """Perplexity and agreement over the exit layer, as a PNG."""
@@ -52,7 +52,7 @@ def run_text(args, model, tokenizer):
         if reference.config.vocab_size != model.config.vocab_size or other.encode(text[:10000]) != tokenizer.encode(text[:10000]):
             raise InputError(f"--reference {args.reference}: has another tokenizer than {args.checkpoint_path}, so their tokens can't be compared")
     model.drop_caches()
-    losses, agreement, count = evaluate(model, ids, context, args.batch_size, args.max_tokens, nullcontext(), model.embed.weight.device, reference)
+    losses, agreement, count = evaluate(LayerSkipLoss(model), ids, context, args.batch_size, args.max_tokens, nullcontext(), model.embed.weight.device, reference)
     per_byte = (len(ids) - 1) / len(text.encode()) / math.log(2)
     return count, [dict(exit_layer=i, loss=loss, perplexity=math.exp(loss), bits_per_byte=loss * per_byte, agreement=share)
                    for i, (loss, share) in enumerate(zip(losses.tolist(), agreement.tolist()), 1)]

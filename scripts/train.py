@@ -1,7 +1,7 @@
 """Train a Llama with the LayerSkip recipe (Elhoushi et al., arXiv 2404.16710): layer dropout and an early-exit loss.
 
 From scratch, or from a converted checkpoint; on text files or folders of them; on a CPU, a GPU, or several under
-torchrun. Ends with a checkpoint folder that generate.py reads, and with loss and agreement at every exit.
+torchrun, where each has a copy of the model or, with --fsdp, a part of it. Ends with a checkpoint folder that generate.py reads, and with loss and agreement at every exit.
 """
 import argparse
 import json
@@ -21,10 +21,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed import init_device_mesh
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
-from model import InputError, ModelConfig, Transformer, check_device, load_model, read_state, run_command, save_checkpoint
+from model import InputError, ModelConfig, Transformer, check_device, load_model, read_state, save_checkpoint
 from tokenizer import Tokenizer
+from tp import run_command, start
 
 
 # The recipe: three formulas. Layers l count from 0 to L - 1, steps t from 0 to T - 1.
@@ -75,14 +79,15 @@ def exit_weights(enabled, scale, power=None):
 
 
 class LayerSkipLoss(nn.Module):
-    """The training objective around a Transformer; a module, so that DDP can wrap it."""
+    """The training objective around a Transformer; a module, so that DDP and FSDP can wrap it."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens, targets, keep, weights):
-        """tokens, targets: (B, T) ids. keep: (L, B) bool on the CPU, which sequences pass each layer. weights: (L,).
+    def forward(self, tokens, targets, keep, weights, called):
+        """tokens, targets: (B, T) ids. keep: (L, B) bool on the CPU, which sequences pass each layer. weights: (L,). called: (L,)
+        bool, which layers are computed, with no sequence if need be: under FSDP all processes must call a layer that one calls.
 
         Returns (J, losses): the weighted loss, and the cross entropy (L,) of each exit with a weight, NaN elsewhere.
         """
@@ -90,10 +95,10 @@ class LayerSkipLoss(nn.Module):
         x = model.embed(tokens)
         positions = model.positions(tokens.shape[1], None)
         total = 0.0
-        for layer, kept, weight in zip(model.layers, keep, weights.tolist()):
+        for layer, kept, weight, call in zip(model.layers, keep, weights.tolist(), called.tolist()):
             if kept.all():
                 x = layer(x, *positions)
-            elif kept.any():  # only the sequences that keep the layer are computed
+            elif call:  # only the sequences that keep the layer are computed
                 rows = kept.nonzero().squeeze(1).to(x.device)
                 x = x.index_copy(0, rows, layer(x[rows], *positions).to(x.dtype))
             if weight:
@@ -101,6 +106,16 @@ class LayerSkipLoss(nn.Module):
                 total = total + weight * loss
             losses.append(loss.detach() if weight else torch.tensor(math.nan, device=x.device))
         return total, torch.stack(losses)
+
+    def exits(self, tokens, targets):
+        """Of every exit, the cross entropy (L,) summed over the targets (B, T), and the most likely tokens (L, B, T)."""
+        x, losses, choices = tokens, [], []
+        for i in range(self.model.config.n_layer):
+            x = self.model(x, None, i, i + 1)
+            logits = self.model.logits(x).float()
+            losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
+            choices.append(logits.argmax(-1))
+        return torch.stack(losses), torch.stack(choices)
 
 
 # Data: every document as BOS ... EOS in one long row of ids, cut into windows.
@@ -173,8 +188,8 @@ def window(ids, index, context, seed):
     return ids[start:start + context + 1].long()
 
 
-@torch.inference_mode()
-def evaluate(model, ids, context, batch_size, max_tokens, amp, device, reference=None):
+@torch.no_grad()
+def evaluate(objective, ids, context, batch_size, max_tokens, amp, device, reference=None):
     """Loss and agreement of every exit on consecutive windows of the validation ids. A progress bar shows where it is.
 
     Returns (losses (L,) in nats per token, agreement (L,): share of positions where the exit's greedy token is the
@@ -182,21 +197,14 @@ def evaluate(model, ids, context, batch_size, max_tokens, amp, device, reference
     """
     count = min((len(ids) - 1) // context, max(1, max_tokens // context))
     starts = torch.linspace(0, len(ids) - 1 - context, count).long()
-    n_layer = model.config.n_layer
-    losses, agreement = torch.zeros(n_layer, dtype=torch.float64), torch.zeros(n_layer, dtype=torch.float64)
+    losses = agreement = 0
     for chunk in tqdm(starts.split(batch_size), desc="evaluating", leave=False, disable=None):
         batch = torch.stack([ids[s:s + context + 1] for s in chunk.tolist()]).long().to(device)
-        exits = []
         with amp:
-            x = batch[:, :-1]
-            for i in range(n_layer):
-                x = model(x, None, i, i + 1)
-                logits = model.logits(x).float()
-                losses[i] += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
-                exits.append(logits.argmax(-1))
-            wanted = reference.logits(reference(batch[:, :-1])).argmax(-1) if reference else exits[-1]
-        for i, choice in enumerate(exits):
-            agreement[i] += (choice == wanted).sum().item()
+            loss, choices = objective.exits(batch[:, :-1], batch[:, 1:])
+            wanted = reference.logits(reference(batch[:, :-1])).argmax(-1) if reference else choices[-1]
+        losses = losses + loss.double().cpu()
+        agreement = agreement + (choices == wanted).sum((1, 2)).double().cpu()
     total = count * context
     return losses / total, agreement / total, total
 
@@ -321,6 +329,7 @@ def parse_args(argv=None):
     g.add_argument("--precision", choices=["bfloat16", "float32"], help="of the products; weights stay float32 (default: bfloat16 where the processor multiplies it)")
     g.add_argument("--save_precision", choices=["bfloat16", "float32"], default="bfloat16", help="of model.pth")
     g.add_argument("--compile", action="store_true", help="compile the layers")
+    g.add_argument("--fsdp", action="store_true", help="under torchrun, for models that need it: each process keeps a part of weights, gradients and optimizer state (FSDP2), instead of a copy")
     return p.parse_args(argv)
 
 
@@ -342,6 +351,8 @@ def check_args(args):
         raise InputError(f"--dim {args.dim}: must be an even multiple of --n_head {args.n_head}")
     if args.n_kv_head is not None and (args.n_kv_head < 1 or args.n_head % args.n_kv_head):
         raise InputError(f"--n_kv_head {args.n_kv_head}: must divide --n_head {args.n_head}")
+    if args.fsdp and (args.optimizer == "muon" or start().size == 1):
+        raise InputError("--fsdp: is for several processes, which torchrun starts, and for --optimizer adamw: Muon needs whole matrices")
     if args.layers and not args.checkpoint_path:
         raise InputError("--layers: needs --checkpoint_path, the model that they come from; a new one has --n_layer")
     if args.tokenizer:
@@ -352,18 +363,37 @@ def check_args(args):
         args.precision = "bfloat16" if fast else "float32"
 
 
+def full_state(model, optimizers, fsdp):
+    """{"model", "optimizers"}: their states as one process has them, on the CPU. Under FSDP all processes must ask, and the first gets it."""
+    if not fsdp:
+        return {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return {"model": get_model_state_dict(model, options=options), "optimizers": [get_optimizer_state_dict(model, o, options=options) for o in optimizers]}
+
+
+def load_full_state(state, model, optimizers, fsdp):
+    """Set what `full_state` gave."""
+    options = StateDictOptions(full_state_dict=True)
+    if fsdp:
+        set_model_state_dict(model, state["model"], options=options)
+    else:
+        model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        if fsdp:
+            set_optimizer_state_dict(model, optimizer, saved, options=options)
+        else:
+            optimizer.load_state_dict(saved)
+
+
 def train(args):
     """Run the training that `parse_args` describes; returns the list of losses J of the steps that this call ran."""
     check_args(args)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
-    device = torch.device(args.device)
+    shard = start()
+    world, rank = shard.size, shard.rank
+    device = torch.device(shard.device(args.device))
     if device.type == "cuda":
-        if world > 1 or device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if args.batch_size % world:
         raise InputError(f"--batch_size {args.batch_size} doesn't divide over {world} processes")
     state_path = args.out / "train_state.pth"
@@ -396,8 +426,7 @@ def train(args):
                 (args.out / name).write_bytes((source / name).read_bytes())
     if rank == 0 and not source and not args.resume:
         train_tokenizer((text for _, text in kept), args.vocab_size, args.out)
-    if world > 1:
-        dist.barrier()
+    shard.gather(None)  # the tokenizer is there
     tokenizer = Tokenizer.load(args.out)
 
     if base:
@@ -410,6 +439,12 @@ def train(args):
             bos_id=tokenizer.bos_id, eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,))
         model = Transformer(config)
         initialize(model)
+    objective = LayerSkipLoss(model)
+    if args.fsdp:
+        mesh = init_device_mesh(device.type, (world,))
+        for part in (*model.layers, objective):  # layer by layer, so that no device ever has the whole model
+            fully_shard(part, mesh=mesh)
+        register_fsdp_forward_method(objective, "exits")
     model.to(device)
     config = model.config
     if tokenizer.vocab_size > config.vocab_size:
@@ -437,17 +472,13 @@ def train(args):
         changed = [k for k in settings if settings[k] != state["settings"].get(k)]
         if changed:
             raise InputError(f"--resume: {changed[0]} was {state['settings'].get(changed[0])} in {state_path}, now {settings[changed[0]]}")
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+        load_full_state(state, model, optimizers, args.fsdp)
         first_step = state["step"]
 
     if args.compile:
         for layer in model.layers:
             layer.compile()
-    objective = LayerSkipLoss(model)
-    if world > 1:
-        objective = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=True)
+    wrapped = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=True) if world > 1 and not args.fsdp else objective
     amp = torch.autocast(device.type, torch.bfloat16) if args.precision == "bfloat16" else nullcontext()
     shown = config.default_exit if args.exit_layer is None else args.exit_layer
     if not 1 <= shown <= config.n_layer:
@@ -455,10 +486,10 @@ def train(args):
     share = args.batch_size // world
 
     def save_state(step):
+        state = full_state(model, optimizers, args.fsdp) if rank == 0 or args.fsdp else {}
         if rank == 0:
             partial = state_path.with_suffix(".partial")
-            torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                        "step": step, "settings": settings}, partial)
+            torch.save({**state, "step": step, "settings": settings}, partial)
             partial.replace(state_path)
 
     def interrupted():
@@ -470,7 +501,7 @@ def train(args):
 
     def validate(tokens):
         model.eval()
-        result = evaluate(model, val_ids, args.context, share, tokens, amp, device)
+        result = evaluate(objective, val_ids, args.context, share, tokens, amp, device)
         model.train()
         return result
 
@@ -481,8 +512,10 @@ def train(args):
     previous = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         while step < args.steps and not interrupted():
-            if rank == 0 and args.eval_every and step % args.eval_every == 0 and step > first_step:
+            due = args.eval_every and step % args.eval_every == 0 and step > first_step
+            if due and (rank == 0 or args.fsdp):
                 losses, agreement, _ = validate(args.eval_tokens)
+            if due and rank == 0:
                 record = {"step": step, "val_loss": losses.tolist(), "agreement": agreement.tolist(), "seconds": time.perf_counter() - began}
                 log.write(json.dumps(record) + "\n")
                 log.flush()
@@ -490,12 +523,12 @@ def train(args):
             g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
             skip = dropout_probabilities(config.n_layer, step, args.steps, args.max_dropout, base is None)
             keep = torch.rand(config.n_layer, args.batch_size, generator=g) >= skip[:, None]
-            keep = keep[:, rank * share:(rank + 1) * share]
+            called, keep = keep.any(1), keep[:, rank * share:(rank + 1) * share]
             weights = exit_weights(enabled_exits(config.n_layer, step, args.steps, args.curriculum, args.rotation), args.exit_scale, args.exit_power)
             first = step * args.batch_size + rank * share
             batch = torch.stack([window(ids, i, args.context, args.seed) for i in range(first, first + share)]).to(device)
             with amp:
-                loss, losses = objective(batch[:, :-1], batch[:, 1:], keep, weights)
+                loss, losses = wrapped(batch[:, :-1], batch[:, 1:], keep, weights, called if args.fsdp else keep.any(1))
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
             for optimizer in optimizers:
@@ -520,9 +553,11 @@ def train(args):
     if step < args.steps:
         sys.exit(f"stopped after step {step}; --resume goes on from there")
 
-    if rank == 0:
-        seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    if rank == 0 or args.fsdp:
         losses, agreement, tokens = validate(10 ** 9)
+        state = full_state(model, [], args.fsdp)["model"]
+    if rank == 0:
         record = {"step": step, "val_loss": losses.tolist(), "agreement": agreement.tolist(), "val_tokens": tokens, "seconds": seconds,
                   "tokens_per_second": (step - first_step) * args.batch_size * args.context / max(seconds, 1e-9),
                   "tokens_seen": step * args.batch_size * args.context, "training_tokens": len(ids)}
@@ -530,16 +565,14 @@ def train(args):
         log.close()
         config.source = f"{config.source + ', ' if config.source else ''}trained by scripts/train.py on {record['tokens_seen']} tokens"
         dtype = getattr(torch, args.save_precision)
-        state = {k: v.to("cpu", dtype) for k, v in model.state_dict().items() if not (config.tied and k == "head.weight")}
+        state = {k: v.to("cpu", dtype) for k, v in state.items() if not (config.tied and k == "head.weight")}
         save_checkpoint(args.out / "model.pth", state, config)
         state_path.unlink(missing_ok=True)
         print(f"{args.out}/model.pth: validation on {tokens} tokens of held-out text\nexit   loss  agreement with the last layer")
         for i in range(config.n_layer):
             print(f"{i + 1:4d}  {losses[i]:.3f}  {agreement[i]:.1%}")
-    if world > 1:
-        dist.destroy_process_group()
     return history
 
 
 if __name__ == "__main__":
-    run_command(lambda: train(parse_args()))
+    run_command(lambda: train(parse_args()), watch=False)

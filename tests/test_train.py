@@ -74,7 +74,7 @@ def test_loss_is_the_weighted_sum_over_exits_of_kept_layers():
     weights = torch.tensor([0.25, 0.0, 0.75])
     for i, layer in enumerate(model.layers):
         layer.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
-    total, losses = objective(tokens, targets, keep, weights)
+    total, losses = objective(tokens, targets, keep, weights, keep.any(1))
     assert calls == [1, 1, 0] and losses[1].isnan()
     expected = 0
     for b in range(4):
@@ -185,15 +185,58 @@ def test_training_continues_a_converted_checkpoint(checkpoint, data, tmp_path):
     assert load_model(tmp_path / "out" / "model.pth").config.rope_scaling
 
 
-def test_two_processes_train_as_one(data, tmp_path):
-    """DDP over gloo: the same losses as one process with the same batch, and one checkpoint."""
-    how = ["--steps", "5", "--max_dropout", "0.3"]
-    run(data, tmp_path / "one", *how)
-    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "scripts" / "train.py"),
-                             "--data", str(data), "--include", "*.py", "--out", str(tmp_path / "two"), *TINY, *how], capture_output=True, text=True, timeout=300)
+def torchrun(data, out, *args, script=(str(ROOT / "scripts" / "train.py"),)):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *script, "--data", str(data), "--include", "*.py", "--out", str(out), *TINY, *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("how", [(), ("--fsdp",)])
+def test_two_processes_train_as_one(how, data, tmp_path):
+    """DDP and FSDP over gloo: the same losses as one process with the same batch, and a checkpoint that one process loads."""
+    settings = ["--steps", "5", "--max_dropout", "0.9", "--eval_every", "2"]  # so much that a process has layers without any sequence
+    run(data, tmp_path / "one", *settings)
+    result = torchrun(data, tmp_path / "two", *settings, *how)
     assert result.returncode == 0, result.stderr
-    one, two = (json.loads((tmp_path / name / "train_log.jsonl").read_text().splitlines()[-1])["val_loss"] for name in ("one", "two"))
-    assert one == pytest.approx(two, rel=1e-3)
+    one, two = ([json.loads(line)["val_loss"] for line in (tmp_path / name / "train_log.jsonl").read_text().splitlines()] for name in ("one", "two"))
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two):
+        assert a == pytest.approx(b, rel=1e-3)
+    a, b = (load_model(tmp_path / name / "model.pth") for name in ("one", "two"))
+    tokens = torch.randint(0, 280, (1, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(a.logits(a(tokens)), b.logits(b(tokens)), atol=1e-3, rtol=1e-2)
+
+
+INTERRUPTED = """
+import os, signal, sys
+sys.path.insert(0, "scripts")
+import train
+original, steps = train.enabled_exits, []
+def counting(*args):
+    steps.append(1)
+    if len(steps) == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGINT)
+    return original(*args)
+train.enabled_exits = counting
+train.run_command(lambda: train.train(train.parse_args()), watch=False)
+"""
+
+
+def test_an_interrupted_run_of_two_processes_resumes_exactly(data, tmp_path, monkeypatch):
+    """With FSDP; the state is that of the whole model."""
+    monkeypatch.chdir(ROOT)
+    how = ("--steps", "6", "--max_dropout", "0.3", "--fsdp")
+    assert torchrun(data, tmp_path / "whole", *how).returncode == 0
+    result = torchrun(data, tmp_path / "parts", *how, script=("--no-python", sys.executable, "-c", INTERRUPTED))
+    assert result.returncode and result.stderr.count("stopped after step 3") == 1
+    state = torch.load(tmp_path / "parts" / "train_state.pth", weights_only=True)["model"]
+    assert state["embed.weight"].shape[1] == 32 and type(state["embed.weight"]) is torch.Tensor
+    result = torchrun(data, tmp_path / "parts", *how, "--resume")
+    assert result.returncode == 0, result.stderr
+    a, b = (load_model(tmp_path / name / "model.pth").state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    alone = subprocess.run([sys.executable, "scripts/train.py", "--data", str(data), "--out", str(tmp_path / "none"), *TINY, "--fsdp"], capture_output=True, text=True)
+    assert alone.returncode == 1 and alone.stderr.count("\n") == 1 and "--fsdp" in alone.stderr
 
 
 @pytest.mark.parametrize("args,words", [
