@@ -145,7 +145,7 @@ def folder(tmp_path_factory, checkpoint):
         make_hf_model(**how).save_pretrained(folder / name)
         write_tokenizer(folder / name)
         convert(folder / name)
-    models = {"tiny": tiny_model(), "small": tiny_model(vocab=12, n_layer=2), "large": random_model("100M", "int8", 6, "cpu", torch.bfloat16)}
+    models = {"tiny": tiny_model(), "small": tiny_model(vocab=12, n_layer=2), "large": random_model("100M", "int8", 6, 128, "cpu", torch.bfloat16)}
     for name, model in models.items():
         (folder / name).mkdir()
         save_checkpoint(folder / name / "model.pth", dict(model.state_dict()), model.config)
