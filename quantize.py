@@ -9,6 +9,7 @@ and the choice of the token is most sensitive to it. The embedding, of which a t
 so does the embedding's use where the head is tied to it: the head becomes an int8 copy.
 """
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -220,12 +221,16 @@ def quantize_checkpoint(path, out, mode, groupsize, calibration=(), act_order=Fa
 
 
 def calibration_windows(path, tokenizer, config, length, count):
-    """Token ids [(T,), ...] of a text file: `count` windows of `length`, evenly spread."""
+    """Token ids [(T,), ...] of a text file, or of the prompts and references of a JSONL file: `count` windows of `length`, evenly spread."""
     from model import InputError
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--calibration {path}: can't be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+        if Path(path).suffix == ".jsonl":
+            text = "\n".join(row["prompt"] + (row.get("reference") or "") for row in map(json.loads, text.splitlines()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"--calibration {path}: not UTF-8 text, or not JSON objects with a 'prompt'") from None
+    except OSError as error:
+        raise InputError(f"--calibration {path}: can't be read ({error.strerror})") from None
     ids = torch.tensor(tokenizer.encode(text))
     length = min(length, config.context)
     if len(ids) < 2 * length:
@@ -243,7 +248,7 @@ def main():
         p.add_argument("--checkpoint_path", type=Path, required=True, help="model.pth of a prepared checkpoint")
         p.add_argument("--mode", choices=["int8", "int4", "int4-gptq"], default="int8", help="int4-gptq calibrates on a text (default: %(default)s)")
         p.add_argument("--groupsize", type=int, choices=GROUPSIZES, default=128, help="of int4: weights that share a scale (default: %(default)s)")
-        p.add_argument("--calibration", type=Path, metavar="FILE", help="text like what the model will write, for int4-gptq")
+        p.add_argument("--calibration", type=Path, metavar="FILE", help="text like what the model will write, for int4-gptq, plain or as prompts.jsonl (default: prompts.jsonl beside the checkpoint, if it is there)")
         p.add_argument("--calibration_windows", type=int, default=64, help="pieces of it to use (default: %(default)s)")
         p.add_argument("--calibration_length", type=int, default=512, help="tokens in each (default: %(default)s)")
         p.add_argument("--act_order", action="store_true", help="int4-gptq: the most important columns first")
@@ -251,6 +256,7 @@ def main():
         args = p.parse_args()
         calibration = ()
         if args.mode == "int4-gptq":
+            args.calibration = args.calibration or next(args.checkpoint_path.parent.glob("prompts.jsonl"), None)
             if not args.calibration:
                 raise InputError("--mode int4-gptq: needs --calibration, a text file like what the model will write")
             check_device(args.device)

@@ -57,26 +57,34 @@ def expected_counts(chances, k, tokens):
     return counts
 
 
-def round_cost(decoder, plain, prompt, repeats=7, rounds=12):
-    """Time of a round after the prompt, in rounds of plain decoding: the median ratio of timings in turn, after one that compiles."""
+def round_cost(decoder, plain, prompt, repeats, rounds=12, settling=4):
+    """Time of a round after the prompt, in rounds of plain decoding: the median ratio of timings in turn, after one that compiles.
+
+    The first few rounds, `settling`, are not counted: the prompt's pass has driven from the caches what they need.
+    """
     ratios = []
     for _ in range(repeats + 1):
         seconds = []
         for d in (plain, decoder):
-            for _ in d.generate(prompt, rounds * (d.K + 1)):
-                if sum(d.stats.accept_counts) == rounds:
+            times = [0.0]  # when each round was over
+            for _ in d.generate(prompt, (settling + rounds) * (d.K + 1)):
+                if sum(d.stats.accept_counts) == len(times):
+                    times.append(d.stats.decode_seconds)
+                if len(times) > settling + rounds:
                     break
-            seconds.append(d.stats.decode_seconds / sum(d.stats.accept_counts))
+            first = settling if len(times) > settling + 1 else 0
+            seconds.append((times[-1] - times[first]) / (len(times) - 1 - first))
         ratios.append(seconds[1] / seconds[0])
     return statistics.median(ratios[1:])
 
 
-def predict(build, prompts, tokens, exits, ks, timed_ks):
+def predict(build, prompts, tokens, exits, ks, timed_ks, repeats):
     """{(exit, k): (speedup over plain decoding, accept counts)} to expect for every exit and k, tokens from each prompt.
 
     build: function (exit layer or None for plain decoding, k, rows) -> Decoder. Decodes every prompt plainly, runs one pass over
-    each text, and times rounds of timed_ks at the first and the last exit: between exits the time is linear, layers moving from
-    the verification to the K drafting steps; between timed_ks it is taken as linear. A progress bar shows the timings.
+    each text, and times rounds of timed_ks at the first and the last exit, `repeats` times in turn with plain ones. Between exits
+    the time is linear, layers moving from the verification to the K drafting steps; between timed_ks it is taken as linear. A
+    progress bar shows the timings.
     """
     rows = max(map(len, prompts)) + tokens + max(ks)
     drafting, plain = build(exits[0], max(timed_ks), rows), build(None, 0, rows)  # the largest caches first: all decoders are compiled for them
@@ -84,7 +92,7 @@ def predict(build, prompts, tokens, exits, ks, timed_ks):
     chances = [exit_chances(drafting, prompt, text, exits) for prompt, text in zip(prompts, texts)]
     middle = prompts[0] + texts[0][:tokens // 2]  # a text of half the length costs what a text does on average
     pairs = [(e, k) for e in sorted({exits[0], exits[-1]}) for k in timed_ks]
-    cost = {(e, k): round_cost(build(e, k, rows), plain, middle) for e, k in tqdm(pairs, desc="timing", disable=None)}
+    cost = {(e, k): round_cost(build(e, k, rows), plain, middle, repeats) for e, k in tqdm(pairs, desc="timing", disable=None)}
     result = {}
     for e in exits:
         share = (e - exits[0]) / max(exits[-1] - exits[0], 1)
@@ -108,7 +116,7 @@ def calibrate(build, model, prompt, exit_layer=None, k=None):
     tokens = min(CALIBRATION_TOKENS, model.config.context - len(prompt) + 1)
     if tokens < 2:
         raise InputError(f"auto: the prompt's {len(prompt)} tokens leave no room to calibrate in; name --early_exit and --speculate_k")
-    predicted = predict(build, [prompt], tokens, exits, ks, sorted({ks[0], ks[-1]}))
+    predicted = predict(build, [prompt], tokens, exits, ks, sorted({ks[0], ks[-1]}), repeats=5)
     best = max(predicted, key=lambda setting: predicted[setting][0])
     gain = predicted[best][0]
     return best[0] if gain > 1 else None, best[1], f"calibrated, {gain:.2f}x of plain decoding expected"

@@ -199,21 +199,24 @@ def main(argv=None):
         decoded = []
         for decoder in decoders:
             tokens, s = list(decoder.generate(prompts[i], args.max_new_tokens)), decoder.stats
-            decoded.append(dict(tokens=tokens, accept_counts=s.accept_counts, prefill_seconds=s.prefill_seconds, decode_seconds=s.decode_seconds, tokens_per_second=s.tokens_per_second))
+            decoded.append(dict(tokens=tokens, accept_counts=s.accept_counts, prefill_seconds=s.prefill_seconds, decode_seconds=s.decode_seconds))
         results.add(dict(repeat=repeat, prompt=i, decoded=decoded))
 
+    def seconds(i):
+        """Of the decoder number i: (prompts, repeats)."""
+        return [[row["decoded"][i]["decode_seconds"] for row in results.rows if row["prompt"] == prompt] for prompt in range(len(prompts))]
+
     table, plain_texts = [], [row["decoded"][0]["tokens"] for row in results.rows]
-    plain_rates = [row["decoded"][0]["tokens_per_second"] for row in results.rows]
     for i, (setting, decoder) in enumerate(zip(settings, decoders)):
         runs = [row["decoded"][i] for row in results.rows]
-        rates, counts = [run["tokens_per_second"] for run in runs], [sum(c) for c in zip(*(run["accept_counts"] for run in runs))]
+        counts = [sum(c) for c in zip(*(run["accept_counts"] for run in runs))]
         probs, mean = acceptance(counts)
-        ratios = [a / b for a, b in zip(rates, plain_rates)]
-        low, high = tasks.interval(ratios)
-        used = sum(counts) * decoder.bytes_per_round() / sum(run["decode_seconds"] for run in runs)
+        speedup, low, high = tasks.compare(seconds(0), seconds(i))
+        rate = len(prompts) * (args.max_new_tokens - 1) / tasks.typical(seconds(i))  # the first token is the prefill's
+        used = decoder.bytes_per_round() * sum(counts) / args.repeats / tasks.typical(seconds(i))
         table.append(dict(
-            exit_layer=setting and setting[0], k=decoder.K, tokens_per_second=statistics.median(rates), ms_per_token=1e3 / statistics.median(rates),
-            speedup=statistics.median(ratios), speedup_low=low, speedup_high=high, ideal_speedup=decoder.ideal_speedup(mean),
+            exit_layer=setting and setting[0], k=decoder.K, tokens_per_second=rate, ms_per_token=1e3 / rate,
+            speedup=speedup, speedup_low=low, speedup_high=high, ideal_speedup=decoder.ideal_speedup(mean),
             mean_accepted=mean, acceptance_probs=probs, acceptance_by_position=by_position(counts),
             bandwidth_gb_per_s=used / 1e9, bandwidth_share=used / bandwidth, prefill_seconds=statistics.median(run["prefill_seconds"] for run in runs),
             compile_seconds=compile_seconds[i], same_text=[run["tokens"] for run in runs] == plain_texts))
@@ -223,7 +226,7 @@ def main(argv=None):
     if args.out:
         tasks.write_csv(f"{args.out}.csv", table)
     print(f"\n{name}, {model.config.quantization or str(model.embed.weight.dtype)[6:]} on {args.device}, {'compiled' if args.compile else 'eager'}{', plain kernels' * args.plain_kernels}, "
-          f"temperature {args.temperature}, {len(prompts)} prompts x {args.max_new_tokens} new tokens, median of {len(results.rows)}")
+          f"temperature {args.temperature}, {len(prompts)} prompts x {args.max_new_tokens} new tokens, medians of {args.repeats}")
     print(f"read bandwidth of this machine: {bandwidth / 1e9:.1f} GB/s; one full pass reads {decoders[0].bytes_per_round() / 1e6:.1f} MB of weights")
     if times:
         print("one full pass over M rows: " + ", ".join(f"{m}: {1e3 * t:.2f} ms ({t / times[0]:.2f}x)" for m, t in enumerate(times, 1)))

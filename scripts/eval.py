@@ -19,7 +19,7 @@ import torch
 
 import tasks
 from generate import CHECKPOINTS, Decoder, Sampling, encode, load
-from model import InputError, check_device, check_writable, run_command
+from model import InputError, check_writable, run_command
 from train import LayerSkipLoss, evaluate
 
 def plot(path, rows, title):
@@ -92,7 +92,7 @@ def parse_args(argv=None):
     for name in ("batch_size", "window", "max_tokens", "limit", "max_gen_toks"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise InputError(f"--{name} {value}: must be 1 or more")
-    check_device(args.device)
+    tasks.check_machine(args.device)
     check_writable("--out", f"{args.out}.jsonl")
     return args
 

@@ -4,7 +4,7 @@
 Every cell of the grid is decoded beside plain decoding, prompt by prompt in turn. Writes FILE.jsonl and FILE.csv, a row per cell,
 and FILE.png, a heat map of tokens per second and of the speedup, the best cell marked. An interrupted sweep goes on where it was.
 With --predict the whole grid is predicted from one pass over the model's own text and a few timed rounds, in FILE.predicted.*; only
-the cell that looks best is then measured, and prediction and measurement are compared on every cell that FILE.jsonl has.
+the three cells that look best are then measured, and prediction and measurement are compared on every cell that FILE.jsonl has.
 """
 import argparse
 import json
@@ -30,19 +30,18 @@ def measure(plain, decoder, prompts, tokens, repeats):
     for d in (plain, decoder):
         for _ in d.generate(prompts[0], 3 * (d.K + 1)):
             pass
-    rates, counts = {plain: [], decoder: []}, [0] * (decoder.K + 1)
-    for _ in range(repeats):
-        for prompt in prompts:
-            for d in rates:
+    seconds, counts = {d: np.zeros((len(prompts), repeats)) for d in (plain, decoder)}, [0] * (decoder.K + 1)
+    for repeat in range(repeats):
+        for i, prompt in enumerate(prompts):
+            for d in seconds:
                 for _ in d.generate(prompt, tokens):
                     pass
-                rates[d].append(d.stats.tokens_per_second)
+                seconds[d][i, repeat] = d.stats.decode_seconds
             counts = [a + b for a, b in zip(counts, decoder.stats.accept_counts)]
-    ratios = [a / b for a, b in zip(rates[decoder], rates[plain])]
-    low, high = tasks.interval(ratios)
-    mean = acceptance(counts)[1]
-    return dict(exit_layer=decoder.exit_layer, k=decoder.K, tokens_per_second=statistics.median(rates[decoder]),
-                plain_tokens_per_second=statistics.median(rates[plain]), speedup=statistics.median(ratios), speedup_low=low, speedup_high=high,
+    speedup, low, high = tasks.compare(seconds[plain], seconds[decoder])
+    mean, decoded = acceptance(counts)[1], len(prompts) * (tokens - 1)  # the first token is the prefill's
+    return dict(exit_layer=decoder.exit_layer, k=decoder.K, tokens_per_second=decoded / tasks.typical(seconds[decoder]),
+                plain_tokens_per_second=decoded / tasks.typical(seconds[plain]), speedup=speedup, speedup_low=low, speedup_high=high,
                 ideal_speedup=decoder.ideal_speedup(mean), mean_accepted=mean, seconds=time.perf_counter() - began)
 
 
@@ -75,7 +74,7 @@ def parse_args(argv=None):
     p.add_argument("--early_exit", "--exit_layer", type=int, nargs="+", help="exit layers of the grid (default: all in the lower half)")
     p.add_argument("--speculate_k", "--num_speculations", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6, 8], help="draft lengths of the grid")
     p.add_argument("--repeats", type=int, default=1, help="timed passes over the prompts")
-    p.add_argument("--predict", action="store_true", help="predict the grid instead, and measure its best cell alone")
+    p.add_argument("--predict", action="store_true", help="predict the grid instead, and measure its three best cells alone")
     p.add_argument("--timed_k", type=int, default=3, help="how many draft lengths --predict times")
     p.add_argument("--out", default="sweep", metavar="FILE", help="where to write, without suffix")
     p.add_argument("--store", action=argparse.BooleanOptionalAction, default=True, help="keep the best setting beside the checkpoint")
@@ -110,9 +109,9 @@ def main(argv=None):
     if args.predict:
         began = time.perf_counter()
         timed = sorted({ks[i] for i in np.linspace(0, len(ks) - 1, args.timed_k).round().astype(int)})
-        predicted = tune.predict(build, prompts, args.max_new_tokens, exits, ks, timed)
+        predicted = tune.predict(build, prompts, args.max_new_tokens, exits, ks, timed, repeats=15)
         seconds = time.perf_counter() - began
-        cells = [max(predicted, key=lambda cell: predicted[cell][0])]
+        cells = sorted(predicted, key=lambda cell: -predicted[cell][0])[:3]
     for e, k in tqdm([c for c in cells if c not in rows], desc="measuring", disable=None):
         rows[e, k] = measure(plain, build(e, k), prompts, args.max_new_tokens, args.repeats)
         results.add(rows[e, k])

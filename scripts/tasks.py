@@ -5,6 +5,7 @@ Also the options that all measuring scripts share, and how they keep their resul
 import argparse
 import csv
 import json
+import os
 import random
 import sys
 from dataclasses import dataclass
@@ -176,9 +177,16 @@ def parser(description, num_prompts=4, max_new_tokens=256):
     return p
 
 
+def check_machine(device):
+    """Raise InputError unless this is the only process and can compute on the device."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the measuring scripts are for one process: start them without torchrun")
+    check_device(device)
+
+
 def check(args):
     """Raise InputError for a value of `parser`'s options that nothing can be measured with; returns the Sampling that they describe."""
-    check_device(args.device)
+    check_machine(args.device)
     for name, least in (("num_prompts", 1), ("max_new_tokens", 2), ("n_shot", 0)):
         if getattr(args, name) < least:
             raise InputError(f"--{name} {getattr(args, name)}: must be {least} or more")
@@ -205,10 +213,21 @@ def settings(args, *without):
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in without}
 
 
-def interval(ratios, draws=2000):
-    """95% bootstrap interval (low, high) of the median of ratios."""
-    sample = np.random.default_rng(0).choice(ratios, (draws, len(ratios)))
-    return tuple(np.percentile(np.median(sample, axis=1), (2.5, 97.5)).tolist())
+def compare(plain, other, draws=2000):
+    """How much sooner `other` is done than `plain`, given the seconds (prompts, repeats) that each took for the same texts: (speedup, low, high).
+
+    The speedup is that of all prompts one after the other, each by the median of its repeats; low and high a 95% bootstrap interval,
+    over prompts and repeats.
+    """
+    plain, other = np.asarray(plain), np.asarray(other)
+    chosen = np.random.default_rng(0).integers(plain.size, size=(draws, plain.size))
+    ratios = plain.ravel()[chosen].sum(1) / other.ravel()[chosen].sum(1)
+    return typical(plain) / typical(other), *np.percentile(ratios, (2.5, 97.5)).tolist()
+
+
+def typical(seconds):
+    """Seconds that all prompts take, by the medians of their repeats, given seconds (prompts, repeats)."""
+    return float(np.median(seconds, axis=1).sum())
 
 
 def pyplot():

@@ -103,9 +103,13 @@ def test_scores_against_values_known_by_hand():
     assert other == pytest.approx(dict(rouge1=0.4, rouge2=0, rougeL=0.4, bleu=other["bleu"], exact_match=0, edit_distance=8)) and other["bleu"] < 30
 
 
-def test_an_interval_holds_the_median_and_results_go_on_only_with_the_same_settings(tmp_path):
-    low, high = tasks.interval([1.0, 1.1, 1.2, 1.3, 9.0])
-    assert 1.0 <= low <= 1.2 <= high <= 9.0
+def test_a_speedup_is_that_of_all_prompts_by_their_medians():
+    speedup, low, high = tasks.compare([[3.0, 3.0, 30.0], [1.0, 1.0, 1.0]], [[1.0, 1.0, 1.0], [1.0, 1.0, 7.0]])
+    assert speedup == 2 and low < 2 < high  # one hiccup on either side changes nothing
+    assert tasks.compare([[2.0]], [[1.0]]) == (2, 2, 2)
+
+
+def test_results_go_on_only_with_the_same_settings(tmp_path):
     results = tasks.Results(tmp_path / "r", dict(a=1, b=[2]))
     results.add(dict(x=1))
     assert tasks.Results(tmp_path / "r", dict(a=1, b=[2])).rows == [dict(x=1)]
@@ -114,6 +118,13 @@ def test_an_interval_holds_the_median_and_results_go_on_only_with_the_same_setti
     (tmp_path / "r.jsonl").write_text("nonsense")
     with pytest.raises(InputError, match="not a file of results"):
         tasks.Results(tmp_path / "r", dict(a=1))
+
+
+def test_measuring_is_for_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for main in (benchmark.main, sweep.main, correctness.main, evaluation.main):
+        with pytest.raises(InputError, match="start them without torchrun"):
+            main(["--text", "x"] if main is evaluation.main else [])
 
 
 # Benchmark
@@ -227,7 +238,7 @@ def test_predict_finds_the_counts_of_every_cell_and_interpolates_the_cost(checkp
     model, tokens, prompts = load_model(checkpoint("llama3.2")), 24, [[5, 6, 7], [40, 41]]
     build = lambda e, k, rows: Decoder(model, exit_layer=e, k=k, rows=rows) if e else Decoder(model, rows=rows)
     monkeypatch.setattr(tune, "round_cost", lambda decoder, *rest: 1 + 0.5 * decoder.K + 0.25 * decoder.exit_layer * decoder.K)
-    predicted = tune.predict(build, prompts, tokens, [1, 2, 3], [1, 2, 3, 4], [1, 4])
+    predicted = tune.predict(build, prompts, tokens, [1, 2, 3], [1, 2, 3, 4], [1, 4], repeats=1)
     for (e, k), (gain, counts) in predicted.items():
         decoder, found = build(e, k, 60), [0] * (k + 1)
         for prompt in prompts:

@@ -172,11 +172,14 @@ def test_what_does_not_fit_stays_int8(checkpoint_path, tmp_path):
 def test_bad_input_ends_in_one_line(quantized, checkpoint_path, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("x")
+    jsonl = tmp_path / "t.jsonl"
+    jsonl.write_text("[1]")
     for path, args, message in [
         (quantized("int8"), [], "is quantized already (int8)"),
         (checkpoint_path, ["--mode", "int4", "--groupsize", 256], "--groupsize 256: divides the width of no matrix"),
         (checkpoint_path, ["--mode", "int4-gptq", "--groupsize", 32], "needs --calibration"),
         (checkpoint_path, ["--mode", "int4-gptq", "--groupsize", 32, "--calibration", short], "at least"),
+        (checkpoint_path, ["--mode", "int4-gptq", "--groupsize", 32, "--calibration", jsonl], "or not JSON objects with a 'prompt'"),
         (checkpoint_path, ["--mode", "int4-gptq", "--groupsize", 32, "--calibration", tmp_path / "none"], "No such file"),
         (tmp_path / "none.pth", [], "not found"),
     ]:
