@@ -168,16 +168,21 @@ def quantize_layer(state, config, groupsize, inputs, act_order):
 
 
 @torch.inference_mode()
-def quantize_checkpoint(path, out, mode, groupsize, calibration=(), act_order=False, device="cpu"):
+def quantize_checkpoint(path, out, mode, groupsize, calibration=(), act_order=False, device="cpu", exit_layer=None):
     """Write the quantized checkpoint `out` (and its description) of the checkpoint `path`, layer by layer, whole or not at all.
 
-    mode: "int8", "int4" or "int4-gptq", which wants calibration, a list of token ids (T,), and computes on `device`. Raises InputError.
+    mode: "int8", "int4" or "int4-gptq", which wants calibration, a list of token ids (T,), and computes on `device`. exit_layer: of a
+    model that ends there, to draft for the whole one. Raises InputError.
     """
     from model import InputError, ModelConfig, Transformer, check_state, expected_tensors, read_state, release, saved
     config, state = ModelConfig.load(path.with_suffix(".json")), read_state(path)
     check_state(state, config, path)
     if config.quantization:
         raise InputError(f"--checkpoint_path {path}: is quantized already ({config.quantization}); give the checkpoint that it was made from")
+    if exit_layer is not None:
+        if not 1 <= exit_layer < config.n_layer:
+            raise InputError(f"--early_exit {exit_layer}: the model has {config.n_layer} layers, so 1 to {config.n_layer - 1} can be drafted with")
+        config = replace(config, n_layer=exit_layer)
     quantization = mode.split("-")[0]
     new = replace(config, quantization=quantization, groupsize=groupsize if quantization == "int4" else None)
     wanted = expected_tensors(new)
@@ -248,6 +253,7 @@ def main():
         p.add_argument("--checkpoint_path", type=Path, required=True, help="model.pth of a prepared checkpoint")
         p.add_argument("--mode", choices=["int8", "int4", "int4-gptq"], default="int8", help="int4-gptq calibrates on a text (default: %(default)s)")
         p.add_argument("--groupsize", type=int, choices=GROUPSIZES, default=128, help="of int4: weights that share a scale (default: %(default)s)")
+        p.add_argument("--early_exit", "--exit_layer", type=int, metavar="E", help="write the first E layers and the head alone: a draft model for the unquantized checkpoint, see --draft_checkpoint_path of generate.py")
         p.add_argument("--calibration", type=Path, metavar="FILE", help="text like what the model will write, for int4-gptq, plain or as prompts.jsonl (default: prompts.jsonl beside the checkpoint, if it is there)")
         p.add_argument("--calibration_windows", type=int, default=64, help="pieces of it to use (default: %(default)s)")
         p.add_argument("--calibration_length", type=int, default=512, help="tokens in each (default: %(default)s)")
@@ -264,9 +270,9 @@ def main():
                 raise InputError("--calibration_windows and --calibration_length: must be 1 and 2 or more")
             config = ModelConfig.load(args.checkpoint_path.with_suffix(".json"))
             calibration = calibration_windows(args.calibration, Tokenizer.load(args.checkpoint_path.parent), config, args.calibration_length, args.calibration_windows)
-        name = "int8" if args.mode == "int8" else f"{args.mode}.g{args.groupsize}"
+        name = ("int8" if args.mode == "int8" else f"{args.mode}.g{args.groupsize}") + (f".e{args.early_exit}" if args.early_exit is not None else "")
         out = args.checkpoint_path.with_name(f"{args.checkpoint_path.stem}_{name}.pth")
-        quantize_checkpoint(args.checkpoint_path, out, args.mode, args.groupsize, calibration, args.act_order, args.device)
+        quantize_checkpoint(args.checkpoint_path, out, args.mode, args.groupsize, calibration, args.act_order, args.device, args.early_exit)
         before, after = args.checkpoint_path.stat().st_size, out.stat().st_size
         print(f"wrote {out}: {after / 1e9:.3f} GB, {after / before:.0%} of {args.checkpoint_path.name}")
 

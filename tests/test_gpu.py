@@ -46,6 +46,7 @@ def test_the_host_does_not_wait_for_a_round_which_is_one_launch(model, how, samp
         torch.cuda.set_sync_debug_mode("default")
     assert len({tuple(r()) for r in rounds}) > 1 or sampling.temperature == 0  # each replay draws new numbers
     launches = {event.key: event.count for event in profile.key_averages()}
-    assert launches["cudaGraphLaunch"] == 6 and launches.get("cudaLaunchKernel", 0) == 0
+    assert launches["cudaGraphLaunch"] == 6
+    assert launches.get("cudaLaunchKernel", 0) <= 6 * (2 if sampling.temperature else 0)  # a replay sets the generator's seed and offset
     decoder.random.manual_seed(5)
     assert list(decoder.generate(PROMPT, 40)) == first

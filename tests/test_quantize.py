@@ -169,6 +169,21 @@ def test_what_does_not_fit_stays_int8(checkpoint_path, tmp_path):
     assert state["layers.0.ffn.w2.weight"].dtype == torch.int8 and state["layers.0.ffn.w13.weight"].dtype == torch.uint8
 
 
+@pytest.mark.parametrize("mode", [[], ["--mode", "int4", "--groupsize", 32]])
+def test_the_first_layers_alone_draft_for_the_whole_model(mode, checkpoint_path, tmp_path):
+    for name in ("model.pth", "model.json", "tokenizer.model"):
+        shutil.copy(checkpoint_path.with_name(name), tmp_path)
+    result = command(tmp_path / "model.pth", "--early_exit", 2, *mode)
+    assert result.returncode == 0, result.stderr
+    model, draft, prompt = load_model(tmp_path / "model.pth"), load_model(*tmp_path.glob("model_*.e2.pth")), list(range(3, 12))
+    assert draft.config.n_layer == 2 and draft.config.quantization
+    with torch.inference_mode():  # it is the model cut there, but for rounding
+        cut, own = (m.logits(m(torch.tensor([prompt]), None, 0, 2)) for m in (model, draft))
+    assert torch.nn.functional.cosine_similarity(cut.flatten(), own.flatten(), dim=0) > 0.95 and not torch.equal(cut, own)
+    plain = list(Decoder(model, rows=80).generate(prompt, 50))
+    assert list(Decoder(model, draft_model=draft, k=3, rows=80).generate(prompt, 50)) == plain
+
+
 def test_bad_input_ends_in_one_line(quantized, checkpoint_path, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("x")
@@ -181,6 +196,7 @@ def test_bad_input_ends_in_one_line(quantized, checkpoint_path, tmp_path):
         (checkpoint_path, ["--mode", "int4-gptq", "--groupsize", 32, "--calibration", short], "at least"),
         (checkpoint_path, ["--mode", "int4-gptq", "--groupsize", 32, "--calibration", jsonl], "or not JSON objects with a 'prompt'"),
         (checkpoint_path, ["--mode", "int4-gptq", "--groupsize", 32, "--calibration", tmp_path / "none"], "No such file"),
+        (checkpoint_path, ["--early_exit", "4"], "--early_exit 4: the model has 4 layers"),
         (tmp_path / "none.pth", [], "not found"),
     ]:
         before = sorted(p.name for p in path.parent.glob("model*"))
