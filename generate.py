@@ -156,6 +156,8 @@ class Decoder:
         for m in self.models:
             m.setup_caches(self.rows + 2 * (self.K + 1))  # a round may run past the last wanted token, and one late past that
         coarse = self.drafter and draft_head == "int8" and not self.drafter.config.quantization  # a quantized head is int8 already
+        with torch.no_grad():
+            coarse = coarse and kernels.backend(self.drafter.head.weight, 1)  # without kernels int8 would be widened at every step
         self.draft_head = kernels.int8_rows(self.drafter.head.weight) if coarse else None  # (weight, scale)
         device = model.embed.weight.device
         if device.type == "cuda":

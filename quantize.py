@@ -231,7 +231,7 @@ def calibration_windows(path, tokenizer, config, length, count):
     try:
         text = Path(path).read_text(encoding="utf-8")
         if Path(path).suffix == ".jsonl":
-            text = "\n".join(row["prompt"] + (row.get("reference") or "") for row in map(json.loads, text.splitlines()))
+            text = "\n".join(row["prompt"] + (row.get("reference") or "") for row in map(json.loads, filter(str.strip, text.split("\n"))))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"--calibration {path}: not UTF-8 text, or not JSON objects with a 'prompt'") from None
     except OSError as error:

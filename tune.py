@@ -114,7 +114,7 @@ def calibrate(build, model, prompt, exit_layer=None, k=None):
     exits = list(range(1, model.config.n_layer)) if exit_layer is None else [exit_layer]
     ks = list(range(1, CALIBRATION_K + 1)) if k is None else [k]
     tokens = min(CALIBRATION_TOKENS, model.config.context - len(prompt) + 1)
-    if tokens < 2:
+    if tokens < 3:  # one that is the prompt's, and a round after half of the rest
         raise InputError(f"auto: the prompt's {len(prompt)} tokens leave no room to calibrate in; name --early_exit and --speculate_k")
     predicted = predict(build, [prompt], tokens, exits, ks, sorted({ks[0], ks[-1]}), repeats=5)
     best = max(predicted, key=lambda setting: predicted[setting][0])

@@ -31,7 +31,7 @@ for shape in ${SHAPES:-llama2-7B llama3-8B llama3.2-1B llama2-13B codellama-34B}
         done
     done
 done
-step llama2-7B-plain_kernels python scripts/benchmark.py --device "$device" --shape "${PLAIN:-llama2-7B}" --plain_kernels --speculate_k 2 4 --num_prompts 1 --json "$out/plain_kernels.json"
+step llama2-7B-plain_kernels python scripts/benchmark.py --device "$device" --shape "${PLAIN:-llama2-7B}" --plain_kernels --draft_head full --speculate_k 2 4 --num_prompts 1 --json "$out/plain_kernels.json"
 
 python - "$out" <<'END'
 import json, sys

@@ -2,8 +2,8 @@
 
 Every setting decodes every prompt in turn, plain and speculative interleaved, after a warm-up that is reported apart. Both
 share every kernel. Greedy text is compared token for token. With --shape no checkpoint is needed: random weights of a
-known model's shape, in which layers from the smallest exit on contribute nothing, so that a draft is always right, except
-that it is spoilt with probability 1 - --acceptance. The bytes and kernels are those of the real model; the acceptance is
+known model's shape, in which layers from the smallest exit on contribute nothing, so that a draft is right (but for the rounding
+of an int8 draft head), except that it is spoilt with probability 1 - --acceptance. The bytes and kernels are those of the real model; the acceptance is
 synthetic, and so is the text.
 """
 import json
@@ -107,6 +107,7 @@ def pass_times(model, rows, compile, repeats=9):
     model.setup_caches(128 + rows)
     step = torch.compile(lambda x, pos: model.logits(model(x, pos)), fullgraph=True, dynamic=False) if compile else lambda x, pos: model.logits(model(x, pos))
     times, device = [], model.embed.weight.device
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)  # each number of rows is compiled for itself
     for m in range(1, rows + 1):
         x, pos = torch.zeros(1, m, dtype=torch.long, device=device), torch.arange(128, 128 + m, device=device)
         samples, run = [], lambda: step(x, pos)
@@ -149,6 +150,8 @@ def parse_args(argv=None):
             raise InputError(f"--{name} {getattr(args, name)}: must be 1 or more")
     if args.quantization and not args.shape:
         raise InputError("--quantization: is for --shape; quantize.py makes a quantized checkpoint")
+    if args.shape and args.temperature:
+        raise InputError("--temperature: --shape is greedy, since drafts can be spoilt to a wanted acceptance only there")
     if args.score and args.shape:
         raise InputError("--score: random weights write nothing worth comparing; name a checkpoint")
     if args.score:
@@ -183,7 +186,7 @@ def main(argv=None):
     bandwidth = read_bandwidth(args.device)
     times = pass_times(model, args.pass_rows, args.compile) if args.pass_rows else []
     rows = max(map(len, prompts)) + args.max_new_tokens
-    results = tasks.Results(args.out, tasks.settings(args, "json", "out", "pass_rows", "score"))
+    results = tasks.Results(args.out, tasks.measured_with(args, "json", "out", "pass_rows", "score"))
     done = {(row["repeat"], row["prompt"]) for row in results.rows}
     todo = [(repeat, i) for repeat in range(args.repeats) for i in range(len(prompts)) if (repeat, i) not in done]
     decoders, compile_seconds = [], []
@@ -249,7 +252,7 @@ def main(argv=None):
     memory = peak_memory_gb(args.device)
     print(f"prefill {table[0]['prefill_seconds']:.3f} s for a prompt of {statistics.median(map(len, prompts)):.0f} tokens, "
           f"compilation {sum(row['compile_seconds'] for row in table):.1f} s in all, peak memory {memory:.2f} GB")
-    line = json.dumps(dict(settings=tasks.settings(args), table=table, memory_gb=memory, pass_seconds=times,
+    line = json.dumps(dict(settings=tasks.settings(args, "json", "out", *(("checkpoint_path", "task") if args.shape else ())), table=table, memory_gb=memory, pass_seconds=times,
                            read_bandwidth_gb_per_s=bandwidth / 1e9, torch=torch.__version__, python=platform.python_version(),
                            threads=torch.get_num_threads(), machine=platform.machine()))
     if args.json == "-":

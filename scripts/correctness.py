@@ -117,7 +117,7 @@ def main(argv=None):
     def reference():
         return model if precision == "float32" else load_model(args.checkpoint_path, args.device, torch.float32)
 
-    results = tasks.Results(args.out, tasks.settings(args, "early_exit", "speculate_k", "out"))
+    results = tasks.Results(args.out, tasks.measured_with(args, "early_exit", "speculate_k", "out"))
     known = {(r["exit_layer"], r["k"]) for r in results.rows}
     cells = [(e, k) for e in exits for k in ks if (e, k) not in known]
     texts = []

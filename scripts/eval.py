@@ -2,7 +2,7 @@
 
 --tasks: tasks of EleutherAI's lm-evaluation-harness with this engine as the model: log-likelihoods of the whole model, or of
 --exit_layer; texts decoded plainly, or with --self_speculative. Writes FILE.json (the harness's results), FILE.jsonl and FILE.csv
-(a row per metric). Answers are kept as they come: an interrupted evaluation goes on where it was.
+(a row per metric). Answers are kept as they come (of rolling log-likelihoods, all at the end): an interrupted evaluation goes on where it was.
 
 --text: loss, perplexity and agreement with the last layer of every exit on any text file, as FILE.text.csv and a plot, FILE.text.png. With
 --reference, the agreement is with the last layer of that checkpoint: of a quantized one with what it was made from, say.
@@ -104,7 +104,7 @@ def main(argv=None):
     if args.exit_layer is not None and not 1 <= args.exit_layer <= model.config.n_layer:
         raise InputError(f"--exit_layer {args.exit_layer}: the model has layers 1 to {model.config.n_layer}")
     if args.tasks:
-        draft = (args.early_exit or model.config.default_exit) if args.self_speculative else None
+        draft = (model.config.default_exit if args.early_exit is None else args.early_exit) if args.self_speculative else None
 
         def build(sampling, rows):
             return Decoder(model, exit_layer=draft, k=args.speculate_k, sampling=sampling, rows=rows, compile=args.compile, seed=0)

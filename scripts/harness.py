@@ -88,7 +88,7 @@ class Engine(TemplateLM):
             context, how = request.args[0], normalize_gen_kwargs(request.args[1], 256)
             if unknown := sorted(k for k in how.keys() - GENERATION if how[k] is not None):
                 raise InputError(f"--tasks: {request.task_name} wants {unknown[0]} {how[unknown[0]]} of generated text, which this engine doesn't have")
-            sampling = Sampling(how["temperature"] if how["do_sample"] else 0.0, how.get("top_k") or None, how.get("top_p") or 1.0)
+            sampling = Sampling(how.get("temperature", 1.0) if how["do_sample"] else 0.0, how.get("top_k") or None, how.get("top_p") or 1.0)
             room = self.context - how["max_gen_toks"]
             if room < 1:
                 raise InputError(f"--tasks: {request.task_name} generates {how['max_gen_toks']} tokens, but the context is {self.context}; set it with --max_gen_toks")
@@ -111,9 +111,8 @@ def run_tasks(args, engine):
     if args.run_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     # Answers are kept as they come, in a file of their own for each checkpoint and way to answer.
-    state = args.checkpoint_path.stat()
-    way = tasks.settings(args, "tasks", "limit", "batch_size", "num_fewshot", "text", "window", "max_tokens", "reference", "out", "log_samples", "run_code")
-    answers = zlib.crc32(json.dumps([way, state.st_size, state.st_mtime_ns]).encode())
+    way = tasks.measured_with(args, "tasks", "limit", "batch_size", "num_fewshot", "text", "window", "max_tokens", "reference", "out", "log_samples", "run_code")
+    answers = zlib.crc32(json.dumps(way).encode())
     try:
         return lm_eval.simple_evaluate(
             model=engine, tasks=args.tasks, num_fewshot=args.num_fewshot, limit=args.limit, task_manager=manager, use_cache=f"{args.out}.{answers:08x}",

@@ -94,16 +94,16 @@ def main(argv=None):
     model, tokenizer = load(args.checkpoint_path, args.device, args.precision)
     exits = sorted(set(args.early_exit or range(1, max(2, model.config.n_layer // 2 + 1))))
     ks = sorted(set(args.speculate_k))
-    _, prompts = tasks.load_prompts(args, model, tokenizer, spare=max(ks) if args.predict else 0)
+    _, prompts = tasks.load_prompts(args, model, tokenizer, spare=max(ks))
     largest = max(map(len, prompts)) + args.max_new_tokens + max(ks)
 
     def build(exit_layer, k, rows=largest):
-        how = dict(exit_layer=exit_layer, k=k, draft_head=args.draft_head) if exit_layer else {}
+        how = dict(exit_layer=exit_layer, k=k, draft_head=args.draft_head) if exit_layer is not None else {}
         return Decoder(model, sampling=sampling, rows=rows, compile=args.compile, seed=args.seed, **how)
 
     build(exits[0], ks[-1]), build(exits[-1], ks[0])  # the largest caches first; and what is out of range shows now
     plain = build(None, 0)
-    results = tasks.Results(args.out, tasks.settings(args, "early_exit", "speculate_k", "predict", "timed_k", "out", "store"))
+    results = tasks.Results(args.out, tasks.measured_with(args, "early_exit", "speculate_k", "predict", "timed_k", "out", "store"))
     rows = {(r["exit_layer"], r["k"]): r for r in results.rows}
     cells, predicted = [(e, k) for e in exits for k in ks], {}
     if args.predict:
@@ -139,7 +139,7 @@ def main(argv=None):
           f"{best['speedup']:.2f}x ({best['speedup_low']:.2f} to {best['speedup_high']:.2f}) of plain decoding's {best['plain_tokens_per_second']:.1f}")
     if args.store:
         tune.store(args.checkpoint_path, tune.key(model, args.compile, args.temperature), best["exit_layer"] if wins else None, best["k"])
-        print(f"stored in {tune.tuned_path(args.checkpoint_path)} for --early_exit auto --speculate_k auto")
+        print(f"stored in {tune.tuned_path(args.checkpoint_path)} for --early_exit auto --speculate_k auto at temperature {'0' if args.temperature == 0 else 'above 0'}")
 
 
 if __name__ == "__main__":

@@ -84,11 +84,13 @@ def read_split(task, name, split, data_dir):
 def read_jsonl(path):
     """The Examples of a file whose lines are JSON objects with a `prompt` and perhaps a `reference`."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # and not at what else ends a line within a JSON string
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--task {path}: can't be read ({getattr(error, 'strerror', None) or error})") from None
     examples = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             examples.append(Example(row["prompt"], row.get("reference")))
@@ -101,8 +103,8 @@ def read_jsonl(path):
     return examples
 
 
-def load_task(name, n_shot=0, num_samples=None, seed=0, data_dir=None):
-    """The first num_samples Examples (default: all) of one of TASKS, or of a JSONL file.
+def load_task(name, n_shot=0, seed=0, data_dir=None):
+    """The Examples of one of TASKS, or of a JSONL file.
 
     n_shot: that many others, with their references, come before each prompt. The seed draws them from the training split; where
     there is none, from the examples themselves, which are then left out. Raises InputError.
@@ -128,7 +130,7 @@ def load_task(name, n_shot=0, num_samples=None, seed=0, data_dir=None):
     if any(shot.reference is None for shot in shots):
         raise InputError(f"--n_shot {n_shot}: an example of --task {name} has no reference to show")
     before = "".join(f"{shot.prompt}{shot.reference.rstrip()}\n\n" for shot in shots)
-    examples = [make(rows[i]) for i in order[:num_samples]]
+    examples = [make(rows[i]) for i in order]
     if not examples:
         raise InputError(f"--task {name}: is empty")
     return [Example(before + e.prompt, e.reference) for e in examples]
@@ -196,7 +198,7 @@ def check(args):
 def load_prompts(args, model, tokenizer, spare=0):
     """([Example], [ids]) that the options name: the first num_prompts that leave room in the context for max_new_tokens and `spare` more."""
     examples, prompts, room = [], [], model.config.context - args.max_new_tokens - spare
-    found = load_task(args.task, args.n_shot, None, args.seed, args.data_dir)
+    found = load_task(args.task, args.n_shot, args.seed, args.data_dir)
     for example in found:
         ids = encode(tokenizer, model.config, example.prompt)
         if 0 < len(ids) <= room:
@@ -209,8 +211,16 @@ def load_prompts(args, model, tokenizer, spare=0):
 
 
 def settings(args, *without):
-    """The options as JSON can hold them, but for some."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in without}
+    """The options as JSON can hold them, but for some; paths inside the repository relative to it."""
+    values = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in without}
+    return {k: v.removeprefix(f"{CHECKPOINTS.parent}/") if isinstance(v, str) else v for k, v in values.items()}
+
+
+def measured_with(args, *without):
+    """What results hold for: the options, but for some, the files as they are now, and what computes."""
+    files = {name: Path(path).stat() for name in ("checkpoint_path", "task", "reference") if (path := getattr(args, name, None)) and Path(path).is_file()}
+    device = torch.cuda.get_device_name(args.device) if torch.device(args.device).type == "cuda" else f"{torch.get_num_threads()} threads"
+    return {**settings(args, *without), "files": {name: [s.st_size, s.st_mtime_ns] for name, s in files.items()}, "computed_by": f"{device}, torch {torch.__version__}"}
 
 
 def compare(plain, other, draws=2000):
@@ -219,15 +229,16 @@ def compare(plain, other, draws=2000):
     The speedup is that of all prompts one after the other, each by the median of its repeats; low and high a 95% bootstrap interval,
     over prompts and repeats.
     """
-    plain, other = np.asarray(plain), np.asarray(other)
-    chosen = np.random.default_rng(0).integers(plain.size, size=(draws, plain.size))
-    ratios = plain.ravel()[chosen].sum(1) / other.ravel()[chosen].sum(1)
-    return typical(plain) / typical(other), *np.percentile(ratios, (2.5, 97.5)).tolist()
+    plain, other, generator = np.asarray(plain), np.asarray(other), np.random.default_rng(0)
+    prompts, repeats = plain.shape
+    chosen = generator.integers(prompts, size=(draws, prompts, 1)), generator.integers(repeats, size=(draws, prompts, repeats))
+    ratios = typical(plain[chosen]) / typical(other[chosen])
+    return float(typical(plain) / typical(other)), *np.percentile(ratios, (2.5, 97.5)).tolist()
 
 
 def typical(seconds):
-    """Seconds that all prompts take, by the medians of their repeats, given seconds (prompts, repeats)."""
-    return float(np.median(seconds, axis=1).sum())
+    """Seconds (...) that all prompts take, by the medians of their repeats, given seconds (..., prompts, repeats)."""
+    return np.median(seconds, axis=-1).sum(-1)
 
 
 def pyplot():

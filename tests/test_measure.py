@@ -59,7 +59,7 @@ def test_tasks_are_read_from_local_files(name, kind, tmp_path):
             frame = pandas.DataFrame([row] * 2)
             frame.to_csv(path, index=False) if kind == "csv" else frame.to_parquet(path)
     assert tasks.load_task(name, data_dir=tmp_path) == [tasks.Example(prompt, reference)] * 2
-    shown = tasks.load_task(name, n_shot=1, num_samples=1, data_dir=tmp_path)[0]
+    shown = tasks.load_task(name, n_shot=1, data_dir=tmp_path)[0]
     assert shown == tasks.Example(f"{prompt}{reference.rstrip()}\n\n{prompt}", reference)
 
 
@@ -107,6 +107,9 @@ def test_a_speedup_is_that_of_all_prompts_by_their_medians():
     speedup, low, high = tasks.compare([[3.0, 3.0, 30.0], [1.0, 1.0, 1.0]], [[1.0, 1.0, 1.0], [1.0, 1.0, 7.0]])
     assert speedup == 2 and low < 2 < high  # one hiccup on either side changes nothing
     assert tasks.compare([[2.0]], [[1.0]]) == (2, 2, 2)
+    hiccups = [[1.0, 1.0, 30.0]] * 9  # one in three is seldom in the majority
+    speedup, low, high = tasks.compare([[2.0, 2.0, 2.0]] * 9, hiccups)
+    assert speedup == 2 and low <= 2 <= high
 
 
 def test_results_go_on_only_with_the_same_settings(tmp_path):
@@ -227,6 +230,18 @@ def test_sweep_goes_on_after_an_interrupt_and_auto_takes_what_it_stored(checkpoi
         generate.main(command)
 
 
+@pytest.mark.parametrize("room", [1, 2, 3])
+def test_auto_where_the_prompt_all_but_fills_the_context(checkpoint, room):
+    model = load_model(checkpoint("llama2"))
+    build = lambda e, k, rows: Decoder(model, exit_layer=e, k=k, rows=rows) if e else Decoder(model, rows=rows)
+    prompt = [5] * (model.config.context + 1 - room)
+    if room < 3:
+        with pytest.raises(InputError, match="leave no room to calibrate in"):
+            tune.calibrate(build, model, prompt)
+    else:
+        assert tune.calibrate(build, model, prompt)[1] >= 1
+
+
 @pytest.mark.parametrize("seconds,expected", [(lambda e, k: 0.5 + 0.1 * k * e, "--early_exit"), (lambda e, k: 50.0, "plain decoding, which no draft beats")])
 def test_auto_decodes_plainly_where_drafting_costs_too_much(checkpoint, monkeypatch, capsys, seconds, expected):
     monkeypatch.setattr(tune, "round_cost", lambda decoder, *rest: seconds(decoder.exit_layer, decoder.K))
@@ -260,6 +275,7 @@ def test_sweep_predicts_the_demo_checkpoint(tmp_path, capsys):
 
 @pytest.mark.parametrize("more,words", [
     (["--early_exit", "4"], "--early_exit 4: the model has 4 layers, so 1 to 3 can be drafted with"),
+    (["--early_exit", "0", "1"], "--early_exit 0: the model has 4 layers, so 1 to 3 can be drafted with"),
     (["--repeats", "0"], "--repeats 0: must be 1 or more"),
     (["--num_prompts", "0"], "--num_prompts 0: must be 1 or more"),
     (["--max_new_tokens", "128"], "no prompt leaves room for 128 new tokens in the context of 128"),
@@ -323,6 +339,14 @@ def test_a_difference_is_explained_by_rounding_or_not(checkpoint):
 def test_correctness_of_the_demo_checkpoint(tmp_path, capsys):
     correctness.main(["--num_prompts", "2", "--max_new_tokens", "24", "--early_exit", "3", "--speculate_k", "4", "--no-compile", "--device", "cpu", "--precision", "float32", "--out", str(tmp_path / "c")])
     assert "1 settings, 48 tokens" in capsys.readouterr().out
+
+
+def test_results_of_a_checkpoint_that_changed_are_not_taken_over(checkpoint, prompts, tmp_path):
+    shutil.copytree(checkpoint("llama2").parent, tmp_path / "c")
+    run_correctness(tmp_path / "c" / "model.pth", prompts, tmp_path / "r")
+    (tmp_path / "c" / "model.pth").touch()
+    with pytest.raises(InputError, match="was measured with files"):
+        run_correctness(tmp_path / "c" / "model.pth", prompts, tmp_path / "r")
 
 
 # Evaluation
