@@ -131,7 +131,7 @@ class Decoder:
         """rows: positions to provide for, prompt and new tokens together (default and most: the context).
         Decoders of one model share its caches, so one generation must end before the next begins.
 
-        draft_head: "int8" drafts with a copy of the head rounded to int8, which reads a quarter or half of the bytes;
+        draft_head: "int8" drafts with a copy of the head rounded to int8, which reads a quarter or half of the bytes, where there are kernels for it;
         "full" with the head itself. What is emitted has the same distribution, and at temperature 0 is the same.
         k is ignored in plain decoding (neither exit_layer nor draft_model). Of a model split over several processes (tp.py), all must
         do the same with their decoders; the tokens are those of the first. Raises InputError for an exit layer or k out
@@ -156,7 +156,7 @@ class Decoder:
         for m in self.models:
             m.setup_caches(self.rows + 2 * (self.K + 1))  # a round may run past the last wanted token, and one late past that
         coarse = self.drafter and draft_head == "int8" and not self.drafter.config.quantization  # a quantized head is int8 already
-        with torch.no_grad():
+        with torch.no_grad():  # as decoding will be
             coarse = coarse and kernels.backend(self.drafter.head.weight, 1)  # without kernels int8 would be widened at every step
         self.draft_head = kernels.int8_rows(self.drafter.head.weight) if coarse else None  # (weight, scale)
         device = model.embed.weight.device

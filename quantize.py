@@ -262,7 +262,8 @@ def main():
         args = p.parse_args()
         calibration = ()
         if args.mode == "int4-gptq":
-            args.calibration = args.calibration or next(args.checkpoint_path.parent.glob("prompts.jsonl"), None)
+            beside = args.checkpoint_path.with_name("prompts.jsonl")
+            args.calibration = args.calibration or (beside if beside.is_file() else None)
             if not args.calibration:
                 raise InputError("--mode int4-gptq: needs --calibration, a text file like what the model will write")
             check_device(args.device)

@@ -67,10 +67,9 @@ def places(decoder, prompt, text, generator):
     """The place (len(text),) in [0, 1), float64, of each token of a text in the distribution that the model gives for it."""
     model, sampling, e = decoder.model, decoder.sampling, decoder.exit_layer
     device = model.embed.weight.device
-    hidden = model(torch.tensor([prompt + text[:-1]], device=device), None, 0, e)[:, len(prompt) - 1:]
-    draft = sampling.distribution(decoder.draft_logits(hidden[0])).double()  # (T, V)
-    whole = model(torch.tensor([prompt + text[:-1]], device=device))[0, len(prompt) - 1:]
-    target = sampling.distribution(model.logits(whole)).double()
+    hidden = model(torch.tensor([prompt + text[:-1]], device=device), None, 0, e)
+    draft = sampling.distribution(decoder.draft_logits(hidden[0, len(prompt) - 1:])).double()  # (T, V)
+    target = sampling.distribution(model.logits(model(hidden, None, e)[0, len(prompt) - 1:])).double()
     order = (draft / target.clamp(min=1e-300)).argsort(dim=-1, descending=True)
     ranked = target.gather(1, order)
     chosen = (order == torch.tensor(text, device=device)[:, None]).double()

@@ -218,7 +218,7 @@ def settings(args, *without):
 
 def measured_with(args, *without):
     """What results hold for: the options, but for some, the files as they are now, and what computes."""
-    files = {name: Path(path).stat() for name in ("checkpoint_path", "task", "reference") if (path := getattr(args, name, None)) and Path(path).is_file()}
+    files = {name: Path(path).stat() for name in ("checkpoint_path", "task") if (path := getattr(args, name, None)) and Path(path).is_file()}
     device = torch.cuda.get_device_name(args.device) if torch.device(args.device).type == "cuda" else f"{torch.get_num_threads()} threads"
     return {**settings(args, *without), "files": {name: [s.st_size, s.st_mtime_ns] for name, s in files.items()}, "computed_by": f"{device}, torch {torch.__version__}"}
 

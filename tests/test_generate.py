@@ -1,16 +1,18 @@
 """Decoding: exact against transformers, against itself, and in distribution; and the command line around it."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from conftest import FAMILY, ROOT
+from conftest import FAMILY, ROOT, write_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
+import kernels
 import model as engine
 from generate import Decoder, DraftDisplay, Sampling, Stats, Text, accept, acceptance, draw, encode
 from model import InputError, ModelConfig, Transformer, load_model
@@ -482,6 +484,20 @@ def test_bad_input_is_one_line(case, checkpoint, monkeypatch, capsys):
         generate.run_command(lambda: generate.main(args))
     message = str(exit.value.code)
     assert message.startswith("error: ") and words in message and "\n" not in message
+
+
+def test_a_draft_model_must_read_the_prompt_as_the_target_does(checkpoint, tmp_path):
+    shutil.copytree(checkpoint("llama2").parent, tmp_path / "draft")
+    write_tokenizer(tmp_path / "draft", vocab_size=288)
+    with pytest.raises(InputError, match="its tokenizer reads the prompt differently"):
+        generate.main(["--checkpoint_path", str(checkpoint("llama2")), "--draft_checkpoint_path", str(tmp_path / "draft" / "model.pth"), "--prompt", "def f1(x): return value"])
+
+
+def test_without_kernels_drafts_are_chosen_with_the_head_itself(checkpoint, monkeypatch):
+    model = load_model(checkpoint("llama2"))
+    assert Decoder(model, exit_layer=1, k=2, rows=40).draft_head is not None
+    monkeypatch.setattr(kernels, "enabled", False)
+    assert Decoder(model, exit_layer=1, k=2, rows=40).draft_head is None
 
 
 def test_the_process_itself_exits_with_one_line():

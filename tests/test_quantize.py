@@ -184,6 +184,16 @@ def test_the_first_layers_alone_draft_for_the_whole_model(mode, checkpoint_path,
     assert list(Decoder(model, draft_model=draft, k=3, rows=80).generate(prompt, 50)) == plain
 
 
+def test_prompts_calibrate_as_the_text_they_are(checkpoint_path, tmp_path):
+    from quantize import calibration_windows
+    from tokenizer import Tokenizer
+    tokenizer, config = Tokenizer.load(checkpoint_path.parent), load_model(checkpoint_path).config
+    (tmp_path / "p.jsonl").write_text('{"prompt": "def f1(x):", "reference": " return x * 1"}\n\n{"prompt": "value + \u2028 value"}\n' * 20)
+    (tmp_path / "p.txt").write_text("\n".join(["def f1(x): return x * 1", "value + \u2028 value"] * 20), encoding="utf-8")
+    jsonl, text = (calibration_windows(tmp_path / name, tokenizer, config, 32, 5) for name in ("p.jsonl", "p.txt"))
+    assert len(jsonl) == 5 and all(torch.equal(a, b) for a, b in zip(jsonl, text, strict=True))
+
+
 def test_bad_input_ends_in_one_line(quantized, checkpoint_path, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("x")
