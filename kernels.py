@@ -88,17 +88,23 @@ def backend(x, rows):
 
 
 # On CUDA: Triton kernels for the products, attention and the norm; the compiler fuses what lies between. Here too a row's
-# arithmetic is the same whatever goes with it: rows are padded to one size, splits of the cache are cut at fixed places.
+# arithmetic is the same whatever goes with it: rows are padded to one size, splits of K and of the cache are cut at fixed places.
 
 def gpu_linear(x, w, scale=None, zero=None):
-    """`linear` as one kernel that streams w once. x (..., K) with at most MAX_ROWS rows."""
+    """`linear` as one kernel that streams w once. x (..., K) with at most MAX_ROWS rows.
+
+    A product of few columns is split along K, so that there are programs enough for every multiprocessor; what they give is added in
+    order, which the compiler does in the kernel that comes next.
+    """
     N, K = w.shape[0], x.shape[-1]
     x = x.contiguous()
-    y = x.new_empty(*x.shape[:-1], N)
-    block_n, block_k = 16 if N <= 8192 else 32, 512 // w.itemsize  # 8 or 16 KB of weights in each step (int4: half of it)
     groupsize = 1 if zero is None else K // zero.shape[1]
-    linear_kernel[triton.cdiv(N, block_n),](x, w, scale, zero, y, x.numel() // K, N, K, groupsize, MAX_ROWS, block_n, block_k, num_warps=4, num_stages=4)
-    return y
+    block_n, block_k = 32, max(512 // x.itemsize, groupsize)
+    blocks = triton.cdiv(N, block_n)
+    splits = min(triton.next_power_of_2(triton.cdiv(PROGRAMS, blocks)), triton.cdiv(K, block_k))
+    parts = x.new_empty(splits, *x.shape[:-1], N, dtype=torch.float32 if splits > 1 else x.dtype)
+    linear_kernel[blocks, splits](x, w, scale, zero, parts, x.numel() // K, N, K, groupsize, splits, MAX_ROWS, block_n, block_k, num_warps=x.itemsize, num_stages=4)
+    return functools.reduce(torch.add, parts.unbind()).to(x.dtype)
 
 
 def gpu_attend(q, k_cache, v_cache, pos):
@@ -109,8 +115,8 @@ def gpu_attend(q, k_cache, v_cache, pos):
     part = torch.empty(B, G, splits, rows, C, dtype=torch.float32, device=q.device)
     stat = torch.empty(B, G, splits, rows, 2, dtype=torch.float32, device=q.device)  # largest score, sum of exponentials
     y, q = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.contiguous()
-    warps = 4 if rows <= 64 else 8
-    attend_kernel[splits, G, B](q, k_cache, v_cache, pos, part, stat, T, S, C, H // G, SPLIT, 32, rows, block_c, num_warps=warps, num_stages=2)
+    warps = 4 if rows <= 64 and q.itemsize == 2 else 8
+    attend_kernel[splits, G, B](q, k_cache, v_cache, pos, part, stat, T, S, C, H // G, SPLIT, 64 // q.itemsize, rows, block_c, num_warps=warps, num_stages=2)
     combine_kernel[T, H, B](part, stat, pos, y, splits, C, H // G, SPLIT, rows, block_c, num_warps=1)
     return y
 
@@ -123,28 +129,48 @@ def gpu_norm(x, w, eps):
     return y
 
 
+PROGRAMS = 512  # of a product, at least: about four for each multiprocessor
 SPLIT = 256  # cache rows that one program attends to
 
 if triton:
     @triton.jit
-    def linear_kernel(x, w, scale, zero, y, M, N, K, GROUPSIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-        m, n = tl.arange(0, ROWS), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    def linear_kernel(x, w, scale, zero, y, M, N, K, GROUPSIZE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+        m, n, split = tl.arange(0, ROWS), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1)
+        steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)
         acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
-        for start in range(0, K, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            a = tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0)  # (ROWS, BLOCK_K)
-            valid = (n < N)[None, :] & (k < K)[:, None]
+        for start in range(split * steps * BLOCK_K, tl.minimum((split + 1) * steps * BLOCK_K, K), BLOCK_K):
             if zero is None:
-                b = tl.load(w + n[None, :] * K + k[:, None], mask=valid, other=0)  # (BLOCK_K, BLOCK_N)
-            else:
-                byte = tl.load(w + n[None, :] * (K // 2) + (k // 32 * 16 + k % 16)[:, None], mask=valid, other=0)
-                group = n[None, :] * (K // GROUPSIZE) + (k // GROUPSIZE)[:, None]
-                q = ((byte >> (k % 32 // 16 * 4)[:, None].to(tl.uint8)) & 15).to(tl.float32) - 8
-                b = q * tl.load(scale + group, mask=valid, other=0).to(tl.float32) + tl.load(zero + group, mask=valid, other=0).to(tl.float32)
-            acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
+                k = start + tl.arange(0, BLOCK_K)
+                a = tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0)  # (ROWS, BLOCK_K)
+                b = tl.load(w + n[None, :] * K + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0)  # (BLOCK_K, BLOCK_N)
+                acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
+            else:  # a byte has two columns, which lie 16 apart: each half of the bytes is a product of its own
+                i = start // 2 + tl.arange(0, BLOCK_K // 2)
+                k, g = i // 16 * 32 + i % 16, start // GROUPSIZE + tl.arange(0, BLOCK_K // GROUPSIZE)
+                byte = tl.load(w + n[None, :] * (K // 2) + i[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0)  # (BLOCK_K/2, BLOCK_N)
+                group, valid = n[None, :] * (K // GROUPSIZE) + g[:, None], (n < N)[None, :] & (g < K // GROUPSIZE)[:, None]
+                s = spread(tl.load(scale + group, mask=valid, other=0), GROUPSIZE // 2)
+                z = spread(tl.load(zero + group, mask=valid, other=0), GROUPSIZE // 2)
+                valid = (m < M)[:, None] & (k < K)[None, :]
+                a = tl.load(x + m[:, None] * K + k[None, :], mask=valid, other=0)  # (ROWS, BLOCK_K/2)
+                acc = tl.dot(a, int4_weight(byte & 15, s, z, a.dtype), acc, input_precision="ieee")
+                a = tl.load(x + m[:, None] * K + k[None, :] + 16, mask=valid, other=0)
+                acc = tl.dot(a, int4_weight(byte >> 4, s, z, a.dtype), acc, input_precision="ieee")
         if scale is not None and zero is None:
             acc *= tl.load(scale + n, mask=n < N, other=0)[None, :]
-        tl.store(y + m[:, None] * N + n[None, :], acc.to(y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+        tl.store(y + (split * M + m)[:, None] * N + n[None, :], acc.to(y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+    @triton.jit
+    def spread(v, COUNT: tl.constexpr):
+        """Each row of v (G, N) COUNT times: (G * COUNT, N)."""
+        return tl.reshape(tl.broadcast_to(v[:, None, :], (v.shape[0], COUNT, v.shape[1])), (v.shape[0] * COUNT, v.shape[1]))
+
+    @triton.jit
+    def int4_weight(q, scale, zero, dtype: tl.constexpr):
+        """The weight in dtype that q (uint8, 0 to 15) stands for."""
+        if dtype == tl.bfloat16:  # 0x4300 + q is the bfloat16 128 + q: a conversion would cost more than the bytes
+            return tl.fma((q.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True) - 136, scale, zero)
+        return ((q.to(tl.float32) - 8) * scale.to(tl.float32) + zero.to(tl.float32)).to(dtype)
 
     @triton.jit
     def attend_kernel(q, k, v, pos, part, stat, T, S, C, GROUP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr,

@@ -242,7 +242,7 @@ import sys
 import torch
 from generate import Decoder, load_model
 status = lambda key: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-decode = lambda path: list(Decoder(load_model(path), exit_layer=3, k=3, rows=64).generate([1, 2, 3], 20))
+decode = lambda path: list(Decoder(load_model(path, dtype=torch.bfloat16), exit_layer=3, k=3, rows=64).generate([1, 2, 3], 20))
 decode(sys.argv[1])  # what PyTorch loads and sets up for itself
 open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
 before = status("VmRSS")
@@ -253,15 +253,14 @@ print(status("VmHWM") - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere mapped files are counted differently")
 def test_memory_is_that_of_the_file(quantized, tmp_path):
-    """Loading and decoding take the file's size, the caches and a tenth."""
+    """Loading and decoding take the file's size, the caches and a tenth, in the file's precision."""
     from benchmark import random_model
     model = random_model("100M", "int8", 6, 128, "cpu", torch.bfloat16)
     save_checkpoint(tmp_path / "model.pth", {name: t for name, t in model.state_dict().items()}, model.config)
     size = (tmp_path / "model.pth").stat().st_size
     result = subprocess.run([sys.executable, "-c", MEMORY, quantized("int8"), tmp_path / "model.pth"], cwd=ROOT, capture_output=True, text=True)
-    embedding = model.embed.weight.nbytes  # float32 in memory, bfloat16 in the file
-    caches = 2 * 12 * 12 * 64 * (64 + 8) * 4
-    assert int(result.stdout) < 1.1 * size + embedding + caches, result.stderr
+    caches = 2 * 12 * 12 * 64 * (64 + 8) * 2
+    assert 0.9 * size < int(result.stdout) < 1.1 * size + caches, result.stderr
 
 
 def test_a_description_of_another_mode_is_refused(quantized, checkpoint_path, tmp_path):

@@ -1,0 +1,96 @@
+"""Without a GPU: the Triton kernels compile for one (sm_90, an H100), and in bfloat16 everything that they hold fits into registers.
+
+This file is also what the test runs, in a process in which Triton compiles rather than interprets.
+"""
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve()
+SHAPES = {"Llama 3.2 1B": (2048, 32, 8, 64, 8192), "Llama 2 7B": (4096, 32, 32, 128, 11008), "Llama 3 8B": (4096, 32, 8, 128, 14336), "Llama 2 70B": (8192, 64, 8, 128, 28672)}
+
+
+def compile_all():
+    """Compile what a pass of 8 rows launches, in each format of the weights; prints a line of JSON for each kernel."""
+    sys.path.insert(0, str(HERE.parent.parent))
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    import kernels
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    done = set()
+
+    class Compiler:
+        """Takes a kernel's place: a launch compiles it."""
+        def __init__(self, name):
+            self.kernel, self.name = getattr(kernels, name), name
+
+        def __getitem__(self, grid):
+            return self.launch
+
+        def launch(self, *args, **options):
+            signature, constants, hints = {}, {}, {}
+            for i, (param, value) in enumerate(zip(self.kernel.params, args, strict=True)):
+                tensor = isinstance(value, torch.Tensor)
+                constant = param.is_constexpr or value is None or isinstance(value, int) and value == 1
+                signature[param.name] = "constexpr" if constant else f"*{NAMES[value.dtype]}" if tensor else "fp32" if isinstance(value, float) else "i32"
+                if constant:
+                    constants[param.name] = value
+                elif tensor or isinstance(value, int) and value % 16 == 0:
+                    hints[i,] = [["tt.divisibility", 16]]
+            key = repr((self.name, signature, constants, hints, options))
+            if key in done:
+                return
+            done.add(key)
+            result = triton.compile(ASTSource(self.kernel, signature, constants, hints), target=GPUTarget("cuda", 90, 32), options=options)
+            cubin = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
+            cubin.write_bytes(result.asm["cubin"])
+            usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+            registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+            print(json.dumps(dict(kernel=self.name, constants=constants, options=options, registers=int(registers), stack=int(stack), shared=result.metadata.shared)))
+
+    NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8", torch.int64: "i64"}
+    for name in ("linear_kernel", "attend_kernel", "combine_kernel", "norm_kernel"):
+        setattr(kernels, name, Compiler(name))
+    make = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="meta")
+    for dim, heads, kv_heads, width, ffn in SHAPES.values():
+        for n, k in (((heads + 2 * kv_heads) * width, dim), (dim, heads * width), (2 * ffn, dim), (dim, ffn)):
+            x = make(1, 8, k)
+            kernels.gpu_linear(x, make(n, k))
+            kernels.gpu_linear(x, make(n, k, dtype=torch.int8), make(n, dtype=torch.float32))
+            for groupsize in (32, 128, 256):
+                kernels.gpu_linear(x, make(n, k // 2, dtype=torch.uint8), *(make(n, k // groupsize) for _ in "sz"))
+        cache = make(1, kv_heads, 4096, width)
+        kernels.gpu_attend(make(1, 8, heads, width), cache, cache, make(8, dtype=torch.int64))
+        kernels.gpu_norm(make(1, 8, dim), make(dim), 1e-5)
+
+
+if __name__ == "__main__":
+    compile_all()
+    sys.exit()
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    env.pop("TRITON_INTERPRET", None)
+    result = subprocess.run([sys.executable, HERE], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_all_kernels_compile(compiled):
+    assert {k["kernel"] for k in compiled} == {"linear_kernel", "attend_kernel", "combine_kernel", "norm_kernel"}
+    assert {k["constants"].get("GROUPSIZE") for k in compiled} >= {1, 32, 128, 256}
+
+
+def test_nothing_is_spilled_and_shared_memory_suffices(compiled):
+    for kernel in compiled:
+        assert kernel["stack"] == 0 and kernel["shared"] * 2 <= 227 * 1024, kernel  # two programs or more to a multiprocessor
