@@ -8,6 +8,7 @@ import json
 import math
 import mmap
 import os
+import signal
 import sys
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -29,7 +30,8 @@ class InputError(ValueError):
 
 
 def run_command(main):
-    """Run a command's `main()`; bad input ends in one line on stderr and exit code 1, Ctrl-C in 130."""
+    """Run a command's `main()`; bad input ends in one line on stderr and exit code 1, Ctrl-C in 130, SIGTERM in 143."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clears away what is half-written
     try:
         main()
     except InputError as error:

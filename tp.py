@@ -126,6 +126,7 @@ def start():
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         return Shard()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until `watch`: while it waits for others it could do nothing on the way out
     try:
         store, rank, _ = next(dist.rendezvous("env://"))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

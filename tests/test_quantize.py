@@ -2,8 +2,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -261,6 +263,21 @@ def test_memory_is_that_of_the_file(quantized, tmp_path):
     result = subprocess.run([sys.executable, "-c", MEMORY, quantized("int8"), tmp_path / "model.pth"], cwd=ROOT, capture_output=True, text=True)
     caches = 2 * 12 * 12 * 64 * (64 + 8) * 2
     assert 0.9 * size < int(result.stdout) < 1.1 * size + caches, result.stderr
+
+
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_nothing_half_written(number, code, tmp_path):
+    names = {"model.pth", "model.json", "tokenizer.model", "prompts.jsonl"}
+    for name in names:
+        shutil.copy(ROOT / "checkpoints" / "demo" / name, tmp_path)
+    args = ["--checkpoint_path", tmp_path / "model.pth", "--mode", "int4-gptq", "--groupsize", "32", "--calibration", tmp_path / "prompts.jsonl"]
+    process = subprocess.Popen([sys.executable, ROOT / "quantize.py", *args], stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    while not list(tmp_path.glob("*.partial")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert "Traceback" not in process.communicate(timeout=60)[1] and process.returncode == code
+    assert {file.name for file in tmp_path.iterdir()} == names
 
 
 def test_a_description_of_another_mode_is_refused(quantized, checkpoint_path, tmp_path):
