@@ -8,6 +8,7 @@ PyTorch does the same work, slower and without that promise.
 """
 import functools
 import hashlib
+import math
 import os
 import platform
 import shlex
@@ -116,7 +117,7 @@ def gpu_attend(q, k_cache, v_cache, pos):
     stat = torch.empty(B, G, splits, rows, 2, dtype=torch.float32, device=q.device)  # largest score, sum of exponentials
     y, q = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.contiguous()
     warps = 4 if rows <= 64 and q.itemsize == 2 else 8
-    attend_kernel[splits, G, B](q, k_cache, v_cache, pos, part, stat, T, S, C, H // G, SPLIT, 64 // q.itemsize, rows, block_c, num_warps=warps, num_stages=2)
+    attend_kernel[splits, G, B](q, k_cache, v_cache, pos, part, stat, T, S, C, C ** -0.5 / math.log(2), H // G, SPLIT, 64 // q.itemsize, rows, block_c, num_warps=warps, num_stages=2)
     combine_kernel[T, H, B](part, stat, pos, y, splits, C, H // G, SPLIT, rows, block_c, num_warps=1)
     return y
 
@@ -173,7 +174,7 @@ if triton:
         return ((q.to(tl.float32) - 8) * scale.to(tl.float32) + zero.to(tl.float32)).to(dtype)
 
     @triton.jit
-    def attend_kernel(q, k, v, pos, part, stat, T, S, C, GROUP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr,
+    def attend_kernel(q, k, v, pos, part, stat, T, S, C, factor, GROUP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr,
                       ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
         split, g, b, G = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
         last = tl.load(pos + T - 1)
@@ -183,14 +184,13 @@ if triton:
         t, head = row // GROUP, g * GROUP + row % GROUP
         limit = tl.load(pos + t, mask=t < T, other=-1)  # a query sees cache rows up to its own position
         query = tl.load(q + ((b * T + t) * (G * GROUP) + head)[:, None] * C + c[None, :], mask=(t < T)[:, None] & (c < C)[None, :], other=0)
-        factor = 1.4426950408889634 / tl.sqrt(C.to(tl.float32))  # to powers of 2
         top, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
         acc = tl.zeros((ROWS, BLOCK_C), tl.float32)
         cache = (b * G + g).to(tl.int64) * S * C
         for start in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, last + 1), BLOCK_S):
             s = start + tl.arange(0, BLOCK_S)
             keys = tl.load(k + cache + s[None, :] * C + c[:, None], mask=(s <= last)[None, :] & (c < C)[:, None], other=0)  # (C, S)
-            score = tl.dot(query, keys, input_precision="ieee") * factor
+            score = tl.dot(query, keys, input_precision="ieee") * factor  # factor: for powers of 2
             score = tl.where(s[None, :] <= limit[:, None], score, float("-inf"))
             new_top = tl.maximum(top, tl.max(score, 1))
             shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # rows that see nothing yet
