@@ -104,7 +104,8 @@ def gpu_linear(x, w, scale=None, zero=None):
     blocks = triton.cdiv(N, block_n)
     splits = min(triton.next_power_of_2(triton.cdiv(PROGRAMS, blocks)), triton.cdiv(K, block_k))
     parts = x.new_empty(splits, *x.shape[:-1], N, dtype=torch.float32 if splits > 1 else x.dtype)
-    linear_kernel[blocks, splits](x, w, scale, zero, parts, x.numel() // K, N, K, groupsize, splits, MAX_ROWS, block_n, block_k, num_warps=x.itemsize, num_stages=4)
+    warps = x.itemsize  # float32, which tensor cores don't take, wants the registers of more threads
+    linear_kernel[blocks, splits](x, w, scale, zero, parts, x.numel() // K, N, K, groupsize, splits, MAX_ROWS, block_n, block_k, num_warps=warps, num_stages=4)
     return functools.reduce(torch.add, parts.unbind()).to(x.dtype)
 
 

@@ -1,6 +1,6 @@
 """Without a GPU: the Triton kernels compile for one (sm_90, an H100), and in bfloat16 everything that they hold fits into registers.
 
-This file is also what the test runs, in a process in which Triton compiles rather than interprets.
+This file is also what the test runs, in a process in which Triton compiles rather than interprets: `TRITON_CACHE_DIR=... python tests/test_sm90.py`.
 """
 import json
 import os
@@ -12,18 +12,32 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve()
-SHAPES = {"Llama 3.2 1B": (2048, 32, 8, 64, 8192), "Llama 2 7B": (4096, 32, 32, 128, 11008), "Llama 3 8B": (4096, 32, 8, 128, 14336), "Llama 2 70B": (8192, 64, 8, 128, 28672)}
+
+
+def longest_loop(listing):
+    """How many instructions the longest loop has in what nvdisasm prints."""
+    labels, count, longest = {}, 0, 0
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = count
+        elif re.match(r"\s*/\*[0-9a-f]+\*/\s", line):
+            count += 1
+            jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+            if jump and jump[1] in labels:  # back
+                longest = max(longest, count - labels[jump[1]])
+    return longest
 
 
 def compile_all():
     """Compile what a pass of 8 rows launches, in each format of the weights; prints a line of JSON for each kernel."""
-    sys.path.insert(0, str(HERE.parent.parent))
+    sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent.parent / "scripts")]
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     import kernels
+    from benchmark import SHAPES
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     done = set()
 
@@ -52,15 +66,20 @@ def compile_all():
             result = triton.compile(ASTSource(self.kernel, signature, constants, hints), target=GPUTarget("cuda", 90, 32), options=options)
             cubin = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
             cubin.write_bytes(result.asm["cubin"])
-            usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
-            registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-            print(json.dumps(dict(kernel=self.name, constants=constants, options=options, registers=int(registers), stack=int(stack), shared=result.metadata.shared)))
+            look = lambda *command: subprocess.run([tools / command[0], *command[1:], cubin], capture_output=True, text=True, check=True).stdout
+            registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", look("cuobjdump", "--dump-resource-usage")).groups()
+            found = dict(kernel=self.name, constants=constants, options=options, registers=int(registers), stack=int(stack), shared=result.metadata.shared)
+            if self.name == "linear_kernel":
+                nbytes = constants["BLOCK_N"] * constants["BLOCK_K"] * args[1].itemsize * args[1].shape[1] // args[0].shape[-1]  # of weights in a step
+                found |= dict(weights=signature["w"], clocks=longest_loop(look("nvdisasm", "-c")) * options["num_warps"] / 4 * 8192 / nbytes)
+            print(json.dumps(found))
 
     NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8", torch.int64: "i64"}
     for name in ("linear_kernel", "attend_kernel", "combine_kernel", "norm_kernel"):
         setattr(kernels, name, Compiler(name))
     make = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="meta")
-    for dim, heads, kv_heads, width, ffn in SHAPES.values():
+    for name in ("llama3.2-1B", "llama2-7B", "llama3-8B", "llama2-70B"):
+        _, dim, _, heads, kv_heads, width, ffn, *_ = SHAPES[name]
         for n, k in (((heads + 2 * kv_heads) * width, dim), (dim, heads * width), (2 * ffn, dim), (dim, ffn)):
             x = make(1, 8, k)
             kernels.gpu_linear(x, make(n, k))
@@ -94,3 +113,10 @@ def test_all_kernels_compile(compiled):
 def test_nothing_is_spilled_and_shared_memory_suffices(compiled):
     for kernel in compiled:
         assert kernel["stack"] == 0 and kernel["shared"] * 2 <= 227 * 1024, kernel  # two programs or more to a multiprocessor
+
+
+@pytest.mark.parametrize("weights,most", [("*bf16", 100), ("*i8", 400), ("*u8", 1000)])
+def test_instructions_for_8_kb_of_weights(compiled, weights, most):
+    """Clocks that the four schedulers of a multiprocessor need at least; an H100 reads 8 KB for each in some 565."""
+    clocks = [k["clocks"] for k in compiled if k.get("weights") == weights]
+    assert clocks and 20 < min(clocks) and max(clocks) < most, clocks
