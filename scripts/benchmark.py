@@ -127,9 +127,7 @@ def pass_times(model, rows, compile, repeats=9):
 
 
 def parse_args(argv=None):
-    p = tasks.parser(__doc__)
-    p.add_argument("--early_exit", "--exit_layer", type=int, nargs="+", help="exit layers to try (default: an eighth and a quarter of the layers)")
-    p.add_argument("--speculate_k", "--num_speculations", type=int, nargs="+", default=[2, 4], help="draft lengths to try")
+    p = tasks.parser(__doc__, [2, 4], "an eighth and a quarter of the layers")
     p.add_argument("--repeats", type=int, default=3, help="timed passes over the prompts")
     p.add_argument("--pass_rows", type=int, default=8, help="time one full pass over 1 to this many rows")
     p.add_argument("--score", action="store_true", help="also say how close the texts come to the task's references (needs scripts/requirements.txt)")

@@ -88,9 +88,7 @@ def sample(decoder, prompts, tokens, seed):
 
 
 def parse_args(argv=None):
-    p = tasks.parser(__doc__, num_prompts=16)
-    p.add_argument("--early_exit", "--exit_layer", type=int, nargs="+", help="exit layers of the grid (default: all in the lower half)")
-    p.add_argument("--speculate_k", "--num_speculations", type=int, nargs="+", default=[1, 2, 4, 6], help="draft lengths of the grid")
+    p = tasks.parser(__doc__, [1, 2, 4, 6], num_prompts=16)
     p.add_argument("--out", default="correctness", metavar="FILE", help="where to write, without suffix")
     args = p.parse_args(argv)
     check_writable("--out", f"{args.out}.jsonl")
@@ -102,8 +100,7 @@ def main(argv=None):
     args = parse_args(argv)
     sampling = tasks.check(args)
     model, tokenizer = load(args.checkpoint_path, args.device, args.precision)
-    exits = sorted(set(args.early_exit or range(1, max(2, model.config.n_layer // 2 + 1))))
-    ks, precision = sorted(set(args.speculate_k)), str(model.embed.weight.dtype)[6:]
+    (exits, ks), precision = tasks.grid(args, model.config.n_layer), str(model.embed.weight.dtype)[6:]
     _, prompts = tasks.load_prompts(args, model, tokenizer)
     rows = max(map(len, prompts)) + args.max_new_tokens
 

@@ -70,9 +70,7 @@ def draw(path, rows, title):
 
 
 def parse_args(argv=None):
-    p = tasks.parser(__doc__)
-    p.add_argument("--early_exit", "--exit_layer", type=int, nargs="+", help="exit layers of the grid (default: all in the lower half)")
-    p.add_argument("--speculate_k", "--num_speculations", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6, 8], help="draft lengths of the grid")
+    p = tasks.parser(__doc__, [1, 2, 3, 4, 5, 6, 8])
     p.add_argument("--repeats", type=int, default=1, help="timed passes over the prompts")
     p.add_argument("--predict", action="store_true", help="predict the grid instead, and measure its three best cells alone")
     p.add_argument("--timed_k", type=int, default=3, help="how many draft lengths --predict times")
@@ -92,8 +90,7 @@ def main(argv=None):
     tasks.pyplot()  # if it is missing, that shows now
     sampling = tasks.check(args)
     model, tokenizer = load(args.checkpoint_path, args.device, args.precision)
-    exits = sorted(set(args.early_exit or range(1, max(2, model.config.n_layer // 2 + 1))))
-    ks = sorted(set(args.speculate_k))
+    exits, ks = tasks.grid(args, model.config.n_layer)
     _, prompts = tasks.load_prompts(args, model, tokenizer, spare=max(ks))
     largest = max(map(len, prompts)) + args.max_new_tokens + max(ks)
 

@@ -157,8 +157,8 @@ def score(texts, references):
 
 # What the measuring scripts share.
 
-def parser(description, num_prompts=4, max_new_tokens=256):
-    """An ArgumentParser with the options that every measuring script takes."""
+def parser(description, ks, exits="all in the lower half", num_prompts=4):
+    """An ArgumentParser with the options that every measuring script takes. ks: the draft lengths, exits: the exit layers in words, by default."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = p.add_argument_group("what to decode")
     g.add_argument("--checkpoint_path", type=Path, default=CHECKPOINTS / "demo" / "model.pth")
@@ -166,8 +166,10 @@ def parser(description, num_prompts=4, max_new_tokens=256):
     g.add_argument("--data_dir", type=Path, help="folder with the task's splits as parquet, JSON lines or CSV, instead of the hub")
     g.add_argument("--n_shot", type=int, default=0, help="put this many solved examples before each prompt")
     g.add_argument("--num_prompts", type=int, default=num_prompts, help="use the first of them")
-    g.add_argument("--max_new_tokens", type=int, default=max_new_tokens, help="per prompt; EOS doesn't end a text here, so that all are equally long")
+    g.add_argument("--max_new_tokens", type=int, default=256, help="per prompt; EOS doesn't end a text here, so that all are equally long")
     g = p.add_argument_group("how to decode")
+    g.add_argument("--early_exit", "--exit_layer", type=int, nargs="+", help=f"exit layers to try (default: {exits})")
+    g.add_argument("--speculate_k", "--num_speculations", type=int, nargs="+", default=ks, help="draft lengths to try")
     g.add_argument("--temperature", type=float, default=0.0)
     g.add_argument("--top_k", type=int)
     g.add_argument("--top_p", type=float, default=1.0)
@@ -177,6 +179,11 @@ def parser(description, num_prompts=4, max_new_tokens=256):
     g.add_argument("--precision", choices=["bfloat16", "float16", "float32"])
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     return p
+
+
+def grid(args, n_layer):
+    """The exit layers and the draft lengths to try, both sorted, of a model of n_layer layers."""
+    return sorted(set(args.early_exit or range(1, max(2, n_layer // 2 + 1)))), sorted(set(args.speculate_k))
 
 
 def check_machine(device):
