@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
@@ -26,6 +27,7 @@ from tokenizer import Tokenizer
 from tp import run_command, start
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
+DEFAULT_PROMPT = "class Stack:\n    def __init__(self):\n"
 INTERACTIVE_ROWS = 8192  # what --interactive provides for, of contexts that may be far longer
 
 
@@ -94,6 +96,11 @@ def accept(drafted: Tensor, draft_probs: Tensor | None, logits: Tensor, u: Tenso
     return torch.where(torch.arange(K + 1, device=n.device) == n, last, torch.cat((drafted, last))), n
 
 
+def all_finite(logits: Tensor):
+    """Whether each row of logits (..., V) has finite numbers only: (...,) bool."""
+    return logits.sum(-1, dtype=torch.float32).isfinite()
+
+
 @dataclass
 class Stats:
     """What one generation did. accept_counts[i] is the number of rounds that accepted exactly i.
@@ -106,6 +113,7 @@ class Stats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     tokens: list[int] = field(default_factory=list)
+    prefill_tokens: int = 0  # of the prompt, those whose rows the caches did not have
 
     @property
     def tokens_per_second(self):
@@ -134,8 +142,8 @@ class Decoder:
         draft_head: "int8" drafts with a copy of the head rounded to int8, which reads a quarter or half of the bytes, where there are kernels for it;
         "full" with the head itself. What is emitted has the same distribution, and at temperature 0 is the same.
         k is ignored in plain decoding (neither exit_layer nor draft_model). Of a model split over several processes (tp.py), all must
-        do the same with their decoders; the tokens are those of the first. Raises InputError for an exit layer or k out
-        of range, or a draft model of another vocabulary.
+        do the same with their decoders; the tokens are those of the first. A draft model must share the target's tokenizer; if
+        one has more ids than the other, those are never drafted. Raises InputError for an exit layer or k out of range.
         """
         config = model.config
         self.model, self.sampling = model, sampling
@@ -148,8 +156,7 @@ class Decoder:
             raise InputError(f"--early_exit {exit_layer}: the model has {config.n_layer} layers, so 1 to {config.n_layer - 1} can be drafted with")
         if self.drafter and not 1 <= k < kernels.MAX_ROWS:
             raise InputError(f"--speculate_k {k}: must be 1 to {kernels.MAX_ROWS - 1}")
-        if draft_model is not None and draft_model.config.vocab_size != config.vocab_size:
-            raise InputError(f"the draft model has {draft_model.config.vocab_size} tokens, the target {config.vocab_size}: they must share a tokenizer")
+        self.shared_vocab = min(config.vocab_size, self.drafter.config.vocab_size) if self.drafter else 0
         self.models = [model] if self.shared else [model, draft_model]
         self.context = min(m.config.context for m in self.models)
         self.rows = min(rows or self.context, self.context)
@@ -197,41 +204,54 @@ class Decoder:
         """What the first of the processes chose."""
         return kernels.broadcast(tokens, self.model.shard) if self.model.shard else tokens
 
-    def _prefill(self, prompt, u):
-        """Fill the caches from the prompt (1, T) and return the first token (1, 1)."""
+    def _prefill(self, prompt, pos, u):
+        """Fill the caches from the prompt (1, T), whose positions are pos (T,), or None if it is all of the text.
+
+        Returns (2,): the first token, and whether its logits were finite numbers.
+        """
         if self.drafter and not self.shared:
-            self.drafter(prompt)
-        return self.choose(self.model.logits(self.model(prompt)[:, -1]), u)[0]
+            self.drafter(self.known_to_drafter(prompt), pos)
+        logits = self.model.logits(self.model(prompt, pos)[:, -1])
+        return torch.cat((self.choose(logits, u)[0][0], all_finite(logits).long()))
+
+    def known_to_drafter(self, tokens):
+        """Tokens that a separate draft model can be fed: where it lacks one, another stands in for it."""
+        if self.shared or self.shared_vocab == self.model.config.vocab_size:
+            return tokens
+        return tokens.clamp(max=self.shared_vocab - 1)
 
     def draft_logits(self, h):
-        """What drafting chooses from: logits (..., V) for hidden states h (..., D) of an exit."""
+        """What drafting chooses from: logits (..., V) for hidden states h (..., D) of an exit; V are the ids that both models have."""
         if self.draft_head:
-            return self.drafter.head.combine(kernels.linear(self.drafter.norm(h), *self.draft_head))
-        return self.drafter.logits(h)
+            return self.drafter.head.combine(kernels.linear(self.drafter.norm(h), *self.draft_head))[..., :self.shared_vocab]
+        return self.drafter.logits(h)[..., :self.shared_vocab]
 
     def _propose(self, token, pos, u):
         """One drafting step: (hidden (1, 1, D), next token (1, 1), its distribution (1, V))."""
-        hidden = self.drafter(token, pos, 0, self.exit_layer)
+        hidden = self.drafter(self.known_to_drafter(token), pos, 0, self.exit_layer)
         return hidden, *self.choose(self.draft_logits(hidden[:, -1]), u)
 
     def _verify(self, tokens, hidden, probs, pos, u):
         """The pass that decides: tokens (1, K+1) from position pos (1,) on, hidden and probs from K drafting steps.
 
-        Moves `token` and `pos` on. Returns (K+2,): the K + 1 tokens of `accept`, then the number accepted.
+        Moves `token` and `pos` on. Returns (K+2,): the K + 1 tokens of `accept`, then the number accepted, or -1 if the
+        logits that decided were no finite numbers.
         """
         if self.drafter:
-            hidden = [*hidden, self.drafter(tokens[:, -1:], pos + self.K, 0, self.exit_layer)]
+            hidden = [*hidden, self.drafter(self.known_to_drafter(tokens[:, -1:]), pos + self.K, 0, self.exit_layer)]
         if self.drafter and self.shared:
             x, start = torch.cat(hidden, dim=1), self.exit_layer
         else:
             x, start = tokens, 0
         logits = self.model.logits(self.model(x, pos + self.offsets, start)[0])  # (K+1, V)
-        p = torch.cat(probs) if probs and probs[0] is not None else logits.new_zeros(0, logits.shape[-1])
+        p = torch.cat(probs) if probs and probs[0] is not None else logits.new_zeros(0, self.shared_vocab)
+        p = F.pad(p, (0, logits.shape[-1] - p.shape[-1]))  # what only the target has was not drafted
         result = self.agree(torch.cat(accept(tokens[0, 1:], p, logits, u, self.sampling)))  # (K+2,)
         n = result[-1:]
         self.token.copy_(result.index_select(0, n)[None])
         self.pos.add_(n + 1)
-        return result
+        decided = all_finite(logits) | (self.offsets > n)  # rows behind the last token that is kept decide nothing
+        return torch.cat((result[:-1], torch.where(decided.all(), n, -1)))
 
     def round(self, on_draft=None):
         """Draft K tokens and verify them, without asking the device for anything. Returns (K+2,) as `_verify` does."""
@@ -281,18 +301,54 @@ class Decoder:
         copied.record()
         return lambda: (copied.synchronize(), host.tolist())[1]
 
-    @torch.inference_mode()
-    def generate(self, prompt, max_new_tokens, eos_ids=(), on_draft=None):
-        """Yield up to max_new_tokens new ids, as they are accepted, stopping after any of eos_ids.
-
-        prompt: a list of 1 to `rows` ids. No position at or beyond `rows` decides anything: a prompt that fills them
-        yields one token. on_draft, if given, is called with the drafted ids before each verification. `stats` describes
-        the generation so far. Raises InputError for an empty prompt or one that is too long.
-        """
+    def check_prompt(self, prompt):
+        """Raise InputError unless the ids are a prompt that can be continued."""
         if not prompt:
             raise InputError("the prompt is empty: give at least one token")
         if len(prompt) > self.rows:
             raise InputError(f"the prompt has {len(prompt)} tokens, but there is room for {self.rows} (the model's context is {self.context})")
+        if max(prompt) >= self.model.config.vocab_size:
+            raise InputError(f"the prompt has token id {max(prompt)}, but the model has only {self.model.config.vocab_size} tokens")
+
+    def cached_prefix(self, prompt):
+        """How many of the prompt's ids have rows in the caches that need not be computed again; the last one always is."""
+        common = len(prompt) - 1
+        for m in self.models:
+            common = min(common, len(m.cached_ids))
+            common = next((i for i in range(common) if m.cached_ids[i] != prompt[i]), common)
+        return common
+
+    def start_text(self, prompt, reuse):
+        """Run the prompt through the model; returns the first token. Raises InputError if its logits are no finite numbers."""
+        kept = self.cached_prefix(prompt) if reuse else 0
+        for m in self.models:
+            m.cached_ids = prompt[:kept]
+        device = self.pos.device
+        pos = torch.arange(kept, len(prompt), device=device) if kept else None
+        token, finite = self.prefill(torch.tensor([prompt[kept:]], device=device), pos, self.uniform(1)).tolist()
+        self.stats.prefill_tokens = len(prompt) - kept
+        self.check_finite(finite)
+        self.token.fill_(token)
+        self.pos.fill_(len(prompt))
+        return token
+
+    def check_finite(self, finite):
+        if not finite:
+            dtype = str(self.model.embed.weight.dtype)[6:]
+            advice = "the checkpoint may be damaged: convert it again" if dtype == "float32" else "try --precision float32"
+            raise InputError(f"--precision {dtype}: the model's logits are not finite numbers (NaN or infinity); {advice}")
+
+    @torch.inference_mode()
+    def generate(self, prompt, max_new_tokens, eos_ids=(), on_draft=None, reuse=False):
+        """Yield up to max_new_tokens new ids, as they are accepted, stopping after any of eos_ids.
+
+        prompt: a list of 1 to `rows` ids. No position at or beyond `rows` decides anything: a prompt that fills them
+        yields one token. on_draft, if given, is called with the drafted ids before each verification. reuse: where the prompt
+        begins as the text of the generation before, take over its cache rows (nothing else may have run the model since).
+        `stats` describes the generation so far. Raises InputError for an empty prompt or one that is too long, and if the
+        logits are not finite numbers, as happens in float16.
+        """
+        self.check_prompt(prompt)
         limit = min(max_new_tokens, self.rows - len(prompt) + 1)
         stats = self.stats = Stats(len(prompt), [0] * (self.K + 1))
         if limit < 1:
@@ -300,11 +356,18 @@ class Decoder:
         if self.graphed:
             self.record()
         began = time.perf_counter()
-        self.token.copy_(self.prefill(torch.tensor([prompt], device=self.pos.device), self.uniform(1)))
-        self.pos.fill_(len(prompt))
-        out = [self.token.item()]
+        out = [self.start_text(prompt, reuse)]
         stats.prefill_seconds = time.perf_counter() - began
-        began = time.perf_counter()
+        try:
+            yield from self.rounds(out, limit, eos_ids, on_draft)
+        finally:
+            if self.stats is stats:  # and not one that was left behind for another
+                for m in self.models:
+                    m.cached_ids = prompt + stats.tokens[:-1]  # the last has no row yet
+
+    def rounds(self, out, limit, eos_ids, on_draft):
+        """Yield the tokens `out` and those of the rounds that follow, `limit` in all."""
+        stats, began = self.stats, time.perf_counter()
         late, pending = 0 if on_draft else self.late, deque()  # rounds started and not read
         while True:
             for token in out:
@@ -315,6 +378,7 @@ class Decoder:
             while len(pending) <= late and len(stats.tokens) + len(pending) < limit:  # each round in flight brings a token or more
                 pending.append(self.launch(on_draft))
             *out, accepted = pending.popleft()()  # the one place where the host waits
+            self.check_finite(accepted >= 0)
             stats.decode_seconds = time.perf_counter() - began
             stats.accept_counts[accepted] += 1
             out = out[:accepted + 1]
@@ -361,36 +425,46 @@ def peak_memory_gb(device):
 class Text:
     """Turns a stream of ids into text: `push(id)` returns the text that has become certain, `flush` the rest.
 
-    Holds back what a following id could still change: half a character, or the beginning of a stop string. After a stop
-    string `stopped` is true, and the text ends before it. Each id costs the same, however long the text is.
+    The pieces joined are what decoding prompt and ids at once gives, less the prompt's text. Holds back what a following id
+    could still change: half a character, or the beginning of a stop string. After a stop string `stopped` is true, and the
+    text ends before it. Each id costs the same, however long the text is.
     """
 
     def __init__(self, tokenizer, prompt=(), stop=()):
         self.tokenizer, self.stop = tokenizer, stop
-        self.ids = list(prompt[-4:])  # what is decoded together with new ids: how a token reads can depend on what precedes it
-        self.known = len(self.ids)  # of these, those whose text has been taken
+        self.ids = [id for id in prompt if tokenizer.is_shown(id)]  # decoded together with new ones
+        self.taken = len(self.ids)  # of them, those whose text has been returned
+        self.known = len(tokenizer.decode(self.ids))  # the length of that text
         self.held, self.stopped = "", False
 
     def push(self, token):
-        self.ids.append(token)
-        new = self._new()
-        if new.endswith("\ufffd"):
+        if not self.tokenizer.is_shown(token):
             return ""
-        self.ids, self.known = self.ids[self.known:], len(self.ids) - self.known
-        self.held += new
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        if self.tokenizer.is_byte(token) or text.endswith("\ufffd") or len(text) <= self.known:
+            return ""
+        self.held += text[self.known:]
+        self.ids = self.ids[self.taken:]  # the last piece is enough to show how a following id reads
+        self.taken, self.known = len(self.ids), len(self.tokenizer.decode(self.ids))
+        return self._release(last=False)
+
+    def flush(self):
+        if self.stopped:
+            return ""
+        self.held += self.tokenizer.decode(self.ids)[self.known:]
+        return self._release(last=True)
+
+    def _release(self, last):
+        """What is certain of the text held back: all of it before a stop string, or before the possible beginning of one."""
         found = [at for s in self.stop if (at := self.held.find(s)) >= 0]
         self.stopped = bool(found)
-        beginning = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        beginning = 0
+        if not last:
+            beginning = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
         certain = min(found, default=len(self.held) - beginning)
         text, self.held = self.held[:certain], self.held[certain:]
         return text
-
-    def flush(self):
-        return "" if self.stopped else self.held + self._new()
-
-    def _new(self):
-        """The text of the ids that are not known yet."""
-        return self.tokenizer.decode(self.ids)[len(self.tokenizer.decode(self.ids[:self.known])):]
 
 
 class DraftDisplay:
@@ -415,15 +489,6 @@ class DraftDisplay:
         self.column = len(text) - text.rfind("\n") - 1 + (0 if "\n" in text else self.column)
 
 
-def encode(tokenizer, config, text):
-    """Prompt ids: BOS, where the checkpoint has one, and the text. Raises InputError if it isn't valid Unicode."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InputError("the prompt is not valid UTF-8") from None
-    return [config.bos_id] * (config.bos_id is not None) + tokenizer.encode(text)
-
-
 def find_checkpoint(args, shard):
     """The path of model.pth that the arguments name; `--model REPO` (or a local folder) is prepared by the first process if it isn't there."""
     if not args.model:
@@ -445,8 +510,7 @@ def load(path, device, precision, shard=None):
         precision = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     model = load_model(path, device, getattr(torch, precision), shard)
     tokenizer = Tokenizer.load(path.parent)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise InputError(f"{path.parent}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}: they don't belong together")
+    tokenizer.check_model(model.config.vocab_size)
     return model, tokenizer
 
 
@@ -462,11 +526,15 @@ def parse_args(argv=None):
     g = p.add_argument_group("what to run")
     g.add_argument("--checkpoint_path", type=Path, help="model.pth of a prepared checkpoint (default: checkpoints/demo/model.pth)")
     g.add_argument("--model", metavar="REPO", help="checkpoints/REPO/model.pth, downloaded and converted first if it isn't there")
-    g.add_argument("--prompt", default="class Stack:\n    def __init__(self):\n", help="text to continue (default: the beginning of a Python class)")
-    g.add_argument("--interactive", action="store_true", help="read prompts from the terminal and stream the answers; drafted tokens appear dimmed until they are verified")
+    g.add_argument("--prompt", help="text to continue (default: the beginning of a Python class)")
+    g.add_argument("--prompt_file", metavar="FILE", help="the text to continue, exactly as it is in a UTF-8 file; - means standard input")
+    g.add_argument("--chat", action="store_true", help="the prompt is what a user says: put it into the checkpoint's chat template")
+    g.add_argument("--system", metavar="TEXT", help="with --chat: a system message, which begins the conversation")
+    g.add_argument("--interactive", action="store_true", help="read prompts from the terminal and stream the answers; drafted tokens appear dimmed until they are verified. With --chat: a conversation")
     g.add_argument("--num_samples", type=int, default=5, help="how often to continue the prompt (default: %(default)s)")
     g.add_argument("--max_new_tokens", "--max_steps", type=int, default=200, help="per sample (default: %(default)s)")
-    g.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="end a sample before the first of these strings")
+    g.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="end a sample before the first of these strings, which may be special tokens")
+    g.add_argument("--stop_token_ids", type=int, nargs="+", default=[], metavar="N", help="end a sample with the first of these token ids, as with the checkpoint's own EOS ids")
     g = p.add_argument_group("sampling")
     g.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token (default: %(default)s)")
     g.add_argument("--top_k", type=int, help="draw from the k most likely tokens only (default: all)")
@@ -491,7 +559,7 @@ def parse_args(argv=None):
     args.self_speculative |= args.generation_strategy == "self_speculative"
     if args.self_speculative and args.generation_strategy == "autoregressive":
         raise InputError("--self_speculative and --generation_strategy autoregressive contradict each other")
-    for name in ("model", "checkpoint_path", "draft_checkpoint_path", "json", "profile"):
+    for name in ("model", "checkpoint_path", "draft_checkpoint_path", "json", "profile", "prompt_file"):
         if str(getattr(args, name)) in ("", "."):  # an empty shell variable
             raise InputError(f"--{name}: is empty")
     if args.model and args.checkpoint_path:
@@ -510,6 +578,16 @@ def parse_args(argv=None):
     for option, path in (("--json", args.json), ("--profile", args.profile)):
         if path and path != "-":
             check_writable(option, path)
+    if args.prompt is not None and args.prompt_file:
+        raise InputError("--prompt and --prompt_file both name a prompt: give one")
+    if args.interactive and (args.prompt is not None or args.prompt_file):
+        raise InputError("--interactive reads its prompts from the terminal: leave out --prompt and --prompt_file")
+    if args.system is not None and not args.chat:
+        raise InputError("--system is for --chat: give both")
+    if args.chat and not args.interactive and args.prompt is None and not args.prompt_file:
+        raise InputError("--chat: needs --prompt TEXT, what the user says, or --interactive")
+    if any(id < 0 for id in args.stop_token_ids):
+        raise InputError("--stop_token_ids: ids are 0 or more")
     if args.interactive and (args.json or args.profile):
         raise InputError("--interactive writes no --json and no --profile: leave them out")
     return args
@@ -540,10 +618,24 @@ def settle_auto(args, path, model, prompt, shard):
     print(f"auto: {f'--early_exit {exit_layer} --speculate_k {k}' if args.self_speculative else 'plain decoding, which no draft beats'} ({why})")
 
 
-def run_sample(decoder, tokenizer, prompt, args, show=None, on_draft=None):
+@dataclass(frozen=True)
+class Ending:
+    """Where a sample ends: after max_new_tokens, with one of the ids, or before one of the strings."""
+    max_new_tokens: int
+    ids: frozenset[int] = frozenset()
+    strings: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, model, tokenizer, max_new_tokens, strings=(), ids=()):
+        """With the checkpoint's own EOS ids. A string that is a special token, which no text shows, ends a sample by its id."""
+        special = {tokenizer.added[s] for s in strings if tokenizer.added.get(s) in tokenizer.special_ids}
+        return cls(max_new_tokens, frozenset(model.config.eos_ids) | special | set(ids), tuple(strings))
+
+
+def run_sample(decoder, tokenizer, prompt, ending, show=None, on_draft=None, reuse=False):
     """One continuation of the prompt ids: its text without the prompt. `show` is called with each new piece of it."""
-    text, pieces = Text(tokenizer, prompt, args.stop), []
-    for token in decoder.generate(prompt, args.max_new_tokens, decoder.model.config.eos_ids, on_draft):
+    text, pieces = Text(tokenizer, prompt, ending.strings), []
+    for token in decoder.generate(prompt, ending.max_new_tokens, ending.ids, on_draft, reuse):
         pieces.append(text.push(token))
         if show:
             show(pieces[-1])
@@ -555,27 +647,96 @@ def run_sample(decoder, tokenizer, prompt, args, show=None, on_draft=None):
     return "".join(pieces)
 
 
+class Conversation:
+    """Turns of a user and the model by the checkpoint's chat template. The caches are kept from turn to turn, so that the model
+    reads only what is new; `messages`, dicts with `role` and `content`, may be edited in between."""
+
+    def __init__(self, decoder, tokenizer, ending, system=None):
+        self.decoder, self.tokenizer, self.ending = decoder, tokenizer, ending
+        self.messages = [] if system is None else [dict(role="system", content=system)]
+
+    def answer(self, text, show=None, on_draft=None):
+        """The model's answer to what the user says; both become part of the conversation, what is there of it if it is interrupted.
+        Raises InputError, and leaves the conversation as it was, if the template refuses it or there is no room for it."""
+        pieces, messages = [], [*self.messages, dict(role="user", content=text)]
+
+        def keep(piece):
+            pieces.append(piece)
+            if show:
+                show(piece)
+
+        prompt = self.tokenizer.chat(messages)
+        try:
+            run_sample(self.decoder, self.tokenizer, prompt, self.ending, keep, on_draft, reuse=True)
+        except InputError:
+            pieces.clear()
+            raise
+        finally:
+            if pieces:
+                self.messages = [*messages, dict(role="assistant", content="".join(pieces))]
+        return "".join(pieces)
+
+
 def describe(decoder, stats):
     rate = f"{stats.tokens_per_second:.2f} tokens/sec" if len(stats.tokens) > 1 else "no decoding step"
-    return f"{stats.prefill_seconds:.3f} s prefill of {stats.prompt_tokens} tokens, {stats.decode_seconds:.2f} s decoding, {len(stats.tokens)} tokens, {rate}"
+    prefill = f"{stats.prefill_tokens} of {stats.prompt_tokens}" if stats.prefill_tokens < stats.prompt_tokens else stats.prompt_tokens
+    return f"{stats.prefill_seconds:.3f} s prefill of {prefill} tokens, {stats.decode_seconds:.2f} s decoding, {len(stats.tokens)} tokens, {rate}"
 
 
-def interact(decoder, tokenizer, args, shard):
+def line_reader():
+    """A function that returns the next line the user types. It raises EOFError at the end, InputError if the line is not UTF-8,
+    and KeyboardInterrupt if the user gave it up."""
+    label = "> "
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        try:  # optional: lines of any length, history, and several lines pasted at once
+            from prompt_toolkit import PromptSession
+            session = PromptSession()
+            return lambda: session.prompt(label)
+        except ImportError:
+            return lambda: input(label)
+
+    def read():
+        print(label, end="", flush=True)
+        line = sys.stdin.buffer.readline()
+        if not line:
+            raise EOFError
+        try:
+            return line.decode().removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError:
+            raise InputError("the line is not valid UTF-8") from None
+    return read
+
+
+def interact(decoder, tokenizer, args, ending, shard):
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     display = DraftDisplay(tokenizer, shard.share(colour))
-    print("Type a prompt; Ctrl-C stops an answer, Ctrl-D ends.")
+    on_draft = display.draft if display.colour else None
+    conversation = Conversation(decoder, tokenizer, ending, args.system) if args.chat else None
+    print(f"Type {'a message' if args.chat else 'a prompt'}; Ctrl-C stops an answer, Ctrl-D ends.")
+    read = line_reader() if shard.rank == 0 else None
     while True:
+        line = error = None
         try:
-            line = input("> ") if shard.rank == 0 else None
+            line = read() if read else None
         except EOFError:
-            line = None
-        line = shard.share(line)
+            pass
+        except KeyboardInterrupt:
+            line = ""
+        except InputError as problem:
+            line, error = "", str(problem)
+        line, error = shard.share((line, error))
         if line is None:
             print()
             return
         try:
-            prompt = encode(tokenizer, decoder.model.config, line)
-            run_sample(decoder, tokenizer, prompt, args, display.text, display.draft if display.colour else None)
+            if error:
+                raise InputError(error)
+            if conversation and not line.strip():
+                continue
+            if conversation:
+                conversation.answer(line, display.text, on_draft)
+            else:
+                run_sample(decoder, tokenizer, tokenizer.encode(line), ending, display.text, on_draft)
         except InputError as error:  # one bad prompt doesn't end the conversation
             print(f"error: {error}")
             continue
@@ -587,17 +748,49 @@ def interact(decoder, tokenizer, args, shard):
         print(f"[{describe(decoder, stats)}{accepted}]")
 
 
+def read_prompt(args, shard):
+    """The text of --prompt or --prompt_file, or else a piece of Python. Raises InputError for a file that isn't UTF-8 text."""
+    if not args.prompt_file:
+        return DEFAULT_PROMPT if args.prompt is None else args.prompt
+    source = "standard input" if args.prompt_file == "-" else args.prompt_file
+    text = error = None
+    if shard.rank == 0:  # of several processes one reads
+        try:
+            data = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
+            text = data.decode()
+        except UnicodeDecodeError:
+            error = "is not valid UTF-8"
+        except OSError as problem:
+            error = f"can't be read ({problem.strerror})"
+    text, error = shard.share((text, error))
+    if error:
+        raise InputError(f"--prompt_file {source}: {error}")
+    return text
+
+
+def encode_prompt(tokenizer, text, args):
+    """The ids that the model is given for the prompt, by the chat template if --chat asks for it."""
+    if not args.chat:
+        return tokenizer.encode(text)
+    system = [] if args.system is None else [dict(role="system", content=args.system)]
+    return tokenizer.chat([*system, dict(role="user", content=text)])
+
+
 def main(argv=None):
     args = parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # what the terminal can't show is no reason to lose a run
     shard = start()
     args.device = shard.device(args.device)
     path = find_checkpoint(args, shard)
     model, tokenizer = load(path, args.device, args.precision, shard)
-    draft_model, prompt = None, encode(tokenizer, model.config, args.prompt)
+    ending = Ending.of(model, tokenizer, args.max_new_tokens, args.stop, args.stop_token_ids)
+    prompt_text = read_prompt(args, shard)
+    prompt, draft_model = encode_prompt(tokenizer, prompt_text, args), None
     if args.draft_checkpoint_path:
         draft_model, draft_tokenizer = load(args.draft_checkpoint_path, args.device, args.precision, shard)
-        if draft_tokenizer.encode(args.prompt) != tokenizer.encode(args.prompt):
-            raise InputError(f"--draft_checkpoint_path {args.draft_checkpoint_path}: its tokenizer reads the prompt differently from that of {path}: they must share one")
+        if not tokenizer.same_as(draft_tokenizer):
+            raise InputError(f"--draft_checkpoint_path {args.draft_checkpoint_path}: its tokenizer is not that of {path}: a draft model must share it")
     shard.gather(None)  # some may take much longer to load than others, and a collective waits only so long
     if "auto" in (args.early_exit, args.speculate_k):
         settle_auto(args, path, model, prompt, shard)
@@ -621,19 +814,19 @@ def main(argv=None):
         print(f"Compilation time: {compile_seconds:.2f} seconds")
         decoder.random.manual_seed(args.seed)
     if args.interactive:
-        return interact(decoder, tokenizer, args, shard)
+        return interact(decoder, tokenizer, args, ending, shard)
 
     samples = []
     for i in range(args.num_samples):
-        text = run_sample(decoder, tokenizer, prompt, args)
+        text = run_sample(decoder, tokenizer, prompt, ending)
         s = decoder.stats
-        print(f"{args.prompt}{text}\nTime for inference {i + 1}: {describe(decoder, s)}\n")
+        print(f"{'' if args.chat else prompt_text}{text}\nTime for inference {i + 1}: {describe(decoder, s)}\n")
         samples.append(dict(prompt_tokens=s.prompt_tokens, tokens=s.tokens, text=text, prefill_seconds=s.prefill_seconds,
                             decode_seconds=s.decode_seconds, tokens_per_second=s.tokens_per_second, accept_counts=s.accept_counts))
 
     if args.profile:  # one more sample, which is not reported: profiling slows it
         with torch.profiler.profile() as profile:
-            run_sample(decoder, tokenizer, prompt, args)
+            run_sample(decoder, tokenizer, prompt, ending)
         if shard.rank == 0:
             profile.export_chrome_trace(str(args.profile))
 

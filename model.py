@@ -22,7 +22,11 @@ import kernels
 from quantize import GROUPSIZES, Linear
 
 
-ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # Llama 3's numbers
+# The kinds of RoPE scaling, by the names that config.json has for them, and the numbers that each wants.
+ROPE_SCALING = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 class InputError(ValueError):
@@ -60,10 +64,10 @@ class ModelConfig:
     intermediate_size: int
     context: int  # positions the model was trained for
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # None, or the numbers of ROPE_SCALING
+    rope_scaling: dict | None = None  # None, or a rope_type of ROPE_SCALING and its numbers
     norm_eps: float = 1e-5
     tied: bool = False  # the output head is the embedding
-    bos_id: int | None = None
+    bos_id: int | None = None  # as config.json has it; whether a text begins with it is the tokenizer's to say
     eos_ids: tuple[int, ...] = ()
     quantization: str | None = None  # of the layers' matrices and the head: None, "int8" or "int4" (quantize.py)
     groupsize: int | None = None  # of int4
@@ -86,7 +90,11 @@ class ModelConfig:
         if self.n_head % self.n_kv_head:
             raise InputError(f"{self.n_head} query heads can't share {self.n_kv_head} key/value heads evenly")
         if self.rope_scaling is not None:
-            need(isinstance(self.rope_scaling, dict) and all(number(self.rope_scaling.get(k)) for k in ROPE_SCALING), "rope_scaling", f"None, or {', '.join(ROPE_SCALING)}")
+            need(isinstance(self.rope_scaling, dict), "rope_scaling", "None or an object")
+            self.rope_scaling.setdefault("rope_type", "llama3")  # the only kind that older descriptions have
+            numbers = ROPE_SCALING.get(self.rope_scaling["rope_type"])
+            need(numbers, "rope_scaling", f"None, or of rope_type {' or '.join(ROPE_SCALING)}")
+            need(all(number(self.rope_scaling.get(name)) for name in numbers), "rope_scaling", f"with positive {', '.join(numbers)}")
         token = lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 <= x < self.vocab_size
         need(self.bos_id is None or token(self.bos_id), "bos_id", "a token id, or None")
         need(isinstance(self.eos_ids, (list, tuple)) and all(map(token, self.eos_ids)), "eos_ids", "token ids")
@@ -119,10 +127,13 @@ class ModelConfig:
 
 
 def rope_frequencies(config: ModelConfig):
-    """Inverse wavelengths (C/2,) in radians per position, float32; RoFormer (2104.09864), stretched as Llama 3.1 does."""
+    """Inverse wavelengths (C/2,) in radians per position, float32; RoFormer (2104.09864), stretched as LongChat (linear) or
+    Llama 3.1 (llama3) do."""
     inv = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim)
-    if config.rope_scaling:
-        s = config.rope_scaling
+    s = config.rope_scaling
+    if s and s["rope_type"] == "linear":
+        inv = inv / s["factor"]
+    if s and s["rope_type"] == "llama3":
         turns = s["original_max_position_embeddings"] * inv / (2 * math.pi)  # full turns within the original context
         # Many turns: kept as trained. Few turns: slowed by `factor`. Between: blended.
         keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
@@ -220,6 +231,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config  # of the whole model
         self.shard = None  # which part of it this is
+        self.cached_ids = []  # of the text whose rows the caches hold, as far as a Decoder knows
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -241,6 +253,7 @@ class Transformer(nn.Module):
         if cache is not None and cache.shape[0] == batch and cache.shape[2] >= rows:
             return
         shape = (batch, attention.kv_heads, rows, attention.head_dim)
+        self.cached_ids = []
         check_memory(2 * self.config.n_layer * math.prod(shape) * weight.itemsize, weight.device, f"a KV cache of {rows} positions")
         for layer in self.layers:
             layer.attention.k_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
@@ -248,6 +261,7 @@ class Transformer(nn.Module):
 
     def drop_caches(self):
         """Let go of the caches: whole texts, in batches or longer than the caches, are then scored without filling them."""
+        self.cached_ids = []
         for layer in self.layers:
             layer.attention.k_cache = layer.attention.v_cache = None
 

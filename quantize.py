@@ -236,7 +236,7 @@ def calibration_windows(path, tokenizer, config, length, count):
         raise InputError(f"--calibration {path}: not UTF-8 text, or not JSON objects with a 'prompt'") from None
     except OSError as error:
         raise InputError(f"--calibration {path}: can't be read ({error.strerror})") from None
-    ids = torch.tensor(tokenizer.encode(text))
+    ids = torch.tensor(tokenizer.encode(text, special=False))
     length = min(length, config.context)
     if len(ids) < 2 * length:
         raise InputError(f"--calibration {path}: has {len(ids)} tokens; at least {2 * length} are needed")

@@ -3,9 +3,9 @@
 The folder's own files stay as they are; the two new ones appear beside them, whole or not at all.
 """
 import argparse
-import json
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from model import ROPE_SCALING, InputError, ModelConfig, check_memory, run_command, saved
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, read_object
 
 # Ours <- theirs, within a layer; several sources are stacked along the rows.
 LAYER = {
@@ -36,62 +36,75 @@ def tensor_names(config: ModelConfig):
     return names
 
 
-def read_json(path):
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: not found") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return values
+def read_json(path: Path) -> dict:
+    """The JSON object in a file. Raises InputError if it is missing or something else."""
+    if not path.is_file():
+        raise InputError(f"{path}: not found")
+    return read_object(path)
 
 
-def read_config(folder):
+def read_config(folder: Path) -> ModelConfig:
     """The ModelConfig of a Hugging Face folder. Raises InputError for anything that isn't a Llama as this engine knows it."""
     path = folder / "config.json"
     hf = read_json(path)
-    if hf.get("model_type") != "llama":
-        raise InputError(f"{path}: model_type is {hf.get('model_type')!r}; only 'llama' checkpoints can be converted")
-    for key, supported in {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "quantization_config": None}.items():
-        if hf.get(key, supported) != supported:
-            raise InputError(f"{path}: {key} is {hf[key]!r}; only {supported!r} is supported")
-    rope, kind = {}, "default"
-    for spelling in ("rope_scaling", "rope_parameters"):  # the old one, and the new one, which counts where both are there
-        if not isinstance(hf.get(spelling) or {}, dict):
-            raise InputError(f"{path}: {spelling} is {hf[spelling]!r}; a JSON object was expected")
-        if hf.get(spelling):
-            rope = hf[spelling]
-            kind = rope.get("rope_type") or rope.get("type") or "default"
-        if kind not in ("default", "llama3"):
-            raise InputError(f"{path}: RoPE scaling {kind!r} is not supported; 'llama3' and none are")
-    theta = rope.get("rope_theta", hf.get("rope_theta") or 10000.0)
+    check_supported(hf, path)
+    rope_theta, rope_scaling = read_rope(hf, path)
     generation = folder / "generation_config.json"
-    special = {**hf, **{k: v for k, v in (read_json(generation) if generation.is_file() else {}).items() if v is not None}}
-    tokenizer = Tokenizer.load(folder)
-    bos, eos = (tokenizer_id if special.get(key) is None else special[key]
-                for key, tokenizer_id in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)))
-    naming = folder / "tokenizer_config.json"
-    if naming.is_file() and read_json(naming).get("add_bos_token") is False:
-        bos = None  # the model was trained on texts that begin without it
+    special = read_json(generation) if generation.is_file() else hf  # where it is there, it decides alone
+    eos = special.get("eos_token_id")
     try:
         config = ModelConfig(
-            vocab_size=hf["vocab_size"], dim=hf["hidden_size"], n_layer=hf["num_hidden_layers"],
-            n_head=hf["num_attention_heads"], n_kv_head=hf.get("num_key_value_heads") or hf["num_attention_heads"],
+            vocab_size=hf["vocab_size"],
+            dim=hf["hidden_size"],
+            n_layer=hf["num_hidden_layers"],
+            n_head=hf["num_attention_heads"],
+            n_kv_head=hf.get("num_key_value_heads") or hf["num_attention_heads"],
             head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-            intermediate_size=hf["intermediate_size"], context=hf["max_position_embeddings"], rope_theta=theta,
-            rope_scaling={k: rope.get(k) for k in ROPE_SCALING} if kind == "llama3" else None,
-            norm_eps=hf["rms_norm_eps"], tied=hf.get("tie_word_embeddings", False), bos_id=bos,
+            intermediate_size=hf["intermediate_size"],
+            context=hf.get("max_position_embeddings", 2048),  # the defaults are LlamaConfig's
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            norm_eps=hf.get("rms_norm_eps", 1e-6),
+            tied=hf.get("tie_word_embeddings", False),
+            bos_id=hf.get("bos_token_id"),
             eos_ids=() if eos is None else eos if isinstance(eos, list) else (eos,),
-            source=hf.get("_name_or_path") or folder.resolve().name)
+            source=hf.get("_name_or_path") or folder.resolve().name,
+        )
     except KeyError as error:
         raise InputError(f"{path}: field {error} is missing") from None
     except (InputError, TypeError, ZeroDivisionError) as error:
         raise InputError(f"{path}: {error}") from None
-    if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}: they don't belong together")
+    Tokenizer.load(folder).check_model(config.vocab_size)
     return config
+
+
+def check_supported(hf: dict, path: Path) -> None:
+    """Raise InputError for a config.json that asks for what this engine doesn't compute."""
+    if hf.get("model_type") != "llama":
+        raise InputError(f"{path}: model_type is {hf.get('model_type')!r}; only 'llama' checkpoints can be converted")
+    supported = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "quantization_config": None}
+    for key, value in supported.items():
+        if hf.get(key, value) != value:
+            raise InputError(f"{path}: {key} is {hf[key]!r}; only {value!r} is supported")
+
+
+def read_rope(hf: dict, path: Path) -> tuple[float, dict | None]:
+    """RoPE's base, and its scaling as ModelConfig has it, from either spelling of config.json."""
+    for spelling in ("rope_scaling", "rope_parameters"):  # the old one counts where both are there, as in transformers
+        if not isinstance(hf.get(spelling) or {}, dict):
+            raise InputError(f"{path}: {spelling} is {hf[spelling]!r}; a JSON object was expected")
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind != "default" and kind not in ROPE_SCALING:
+        raise InputError(f"{path}: RoPE scaling {kind!r} is not supported; {', '.join(ROPE_SCALING)} and none are")
+    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1)) != 1:
+        raise InputError(f"{path}: partial_rotary_factor is not supported; the whole head is rotated")
+    theta = rope.get("rope_theta", hf.get("rope_theta") or 10000.0)
+    if kind == "default":
+        return theta, None
+    trained = rope.get("original_max_position_embeddings", hf.get("max_position_embeddings"))
+    values = {**rope, "original_max_position_embeddings": hf.get("original_max_position_embeddings", trained)}
+    return theta, {"rope_type": kind, **{name: values.get(name) for name in ROPE_SCALING[kind]}}
 
 
 def weight_files(folder):
@@ -151,19 +164,36 @@ def plan(folder, config, theirs):
     return wanted
 
 
-def convert(folder):
+def untie(config: ModelConfig, theirs: dict) -> ModelConfig:
+    """The description of a model whose file has a head that is not its embedding, whatever config.json says: the file's
+    counts, as in transformers 5."""
+    head, embedding = theirs.get("lm_head.weight"), theirs.get("model.embed_tokens.weight")
+    if not config.tied or head is None or embedding is None or same_values(head, embedding):
+        return config
+    print("note: config.json says that the head is the embedding, but the file has a head of its own, which is taken")
+    return replace(config, tied=False)
+
+
+def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and all(torch.equal(x, y) for x, y in zip(a.split(4096), b.split(4096)))
+
+
+def convert(folder: str | Path) -> Path:
     """Write model.pth and model.json into a Hugging Face checkpoint folder, tensor by tensor; returns the path of model.pth."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"--checkpoint_dir {folder}: no such folder")
     config, files = read_config(folder), weight_files(folder)
     theirs = read_weights(files)
+    config = untie(config, theirs)
+    if not config.eos_ids:
+        print("note: the folder names no token that ends a text; see generate.py --stop and --stop_token_ids")
     wanted, path = plan(folder, config, theirs), folder / "model.pth"
     with saved(path, {ours: t for ours, (t, _) in wanted.items()}, config) as result:
         for ours, (_, names) in tqdm(wanted.items(), desc="converting", unit="tensor", disable=None):
             parts = [theirs.pop(name) for name in names]
             for name, part, rows in zip(names, parts, result[ours].split([len(part) for part in parts])):
-                if not part.sum(dtype=torch.float32).isfinite():
+                if not all(extreme.isfinite() for extreme in part.aminmax()):
                     raise InputError(f"{folder}: tensor {name} holds values that are not finite: the file is damaged; download it again")
                 rows.copy_(part)
     return path

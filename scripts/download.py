@@ -22,7 +22,7 @@ def download(repo, token=None):
     try:
         files = HfApi(token=token).list_repo_files(repo)
         weights = "*.safetensors*" if any(f.endswith(".safetensors") and "/" not in f for f in files) else "*.bin*"
-        snapshot_download(repo, token=token, local_dir=folder, allow_patterns=[weights, "*.json", "tokenizer.model", "LICENSE*", "README.md"],
+        snapshot_download(repo, token=token, local_dir=folder, allow_patterns=[weights, "*.json", "*.jinja", "tokenizer.model", "LICENSE*", "README.md"],
                           ignore_patterns=["*/*"])
     except GatedRepoError:
         raise InputError(f"{repo}: access is gated; accept its licence at https://huggingface.co/{repo}, then log in with "

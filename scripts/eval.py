@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import tasks
-from generate import CHECKPOINTS, Decoder, Sampling, encode, load
+from generate import CHECKPOINTS, Decoder, Sampling, load
 from model import InputError, check_writable, run_command
 from train import LayerSkipLoss, evaluate
 
@@ -43,13 +43,13 @@ def run_text(args, model, tokenizer):
         text = args.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--text {args.text}: can't be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
-    ids, context = torch.tensor(encode(tokenizer, model.config, text)), min(args.window, model.config.context)
+    ids, context = torch.tensor(tokenizer.encode(text)), min(args.window, model.config.context)
     if len(ids) <= context:
         raise InputError(f"--text {args.text}: has {len(ids)} tokens; more than the window of {context} are needed, see --window")
     reference = None
     if args.reference:
         reference, other = load(args.reference, args.device, args.precision)
-        if reference.config.vocab_size != model.config.vocab_size or other.encode(text[:10000]) != tokenizer.encode(text[:10000]):
+        if not tokenizer.same_as(other):
             raise InputError(f"--reference {args.reference}: has another tokenizer than {args.checkpoint_path}, so their tokens can't be compared")
     model.drop_caches()
     losses, agreement, count = evaluate(LayerSkipLoss(model), ids, context, args.batch_size, args.max_tokens, nullcontext(), model.embed.weight.device, reference)

@@ -1,7 +1,6 @@
 """Write a checkpoint as a Hugging Face folder, so that transformers (and its assistant_early_exit) can run it."""
 import argparse
 import json
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -11,6 +10,7 @@ from huggingface_hub import save_torch_state_dict
 
 from convert_hf_checkpoint import tensor_names
 from model import InputError, ModelConfig, check_state, read_state, run_command
+from tokenizer import Tokenizer
 
 
 def export(path, out):
@@ -22,6 +22,7 @@ def export(path, out):
     if config.quantization:
         raise InputError(f"--checkpoint_path {path}: is quantized ({config.quantization}); export the checkpoint that it was made from")
     check_state(state, config, path)
+    tokenizer = Tokenizer.load(path.parent)
     query, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     rows = {3: (query, kv, kv), 2: (config.intermediate_size,) * 2}  # how the stacked matrices come apart
     theirs = {}
@@ -30,13 +31,12 @@ def export(path, out):
         theirs |= {name: part.clone() for name, part in zip(names, parts)}
 
     special = {"bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids) or None}
-    scaling = dict(rope_type="llama3", **config.rope_scaling) if config.rope_scaling else None
     hf = dict(
         architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=config.vocab_size, hidden_size=config.dim,
         num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head,
         head_dim=config.head_dim, intermediate_size=config.intermediate_size, max_position_embeddings=config.context,
         rms_norm_eps=config.norm_eps, tie_word_embeddings=config.tied, hidden_act="silu", attention_bias=False,
-        mlp_bias=False, rope_theta=config.rope_theta, rope_scaling=scaling,
+        mlp_bias=False, rope_theta=config.rope_theta, rope_scaling=config.rope_scaling,
         torch_dtype=str(state["embed.weight"].dtype).removeprefix("torch."), **special)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=out.name) as partial:
@@ -44,9 +44,7 @@ def export(path, out):
         save_torch_state_dict(theirs, partial)
         (partial / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
         (partial / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n")
-        for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-            if (path.parent / name).is_file():
-                shutil.copy(path.parent / name, partial / name)
+        tokenizer.save(partial)
         partial.chmod(0o755)
         partial.rename(out)
         partial.mkdir()  # for the clean-up

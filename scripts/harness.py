@@ -2,7 +2,6 @@
 import json
 import os
 import zlib
-from types import SimpleNamespace
 
 import lm_eval
 import torch
@@ -13,7 +12,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 import tasks
-from generate import Sampling, encode, run_sample
+from generate import Ending, Sampling, run_sample
 from model import InputError
 
 GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}  # what a task may ask of generated text
@@ -30,17 +29,20 @@ class Engine(TemplateLM):
 
     @property
     def eot_token_id(self):
-        return self.model.config.eos_ids[0] if self.model.config.eos_ids else self.prefix_token_id
+        for token in (self.text_tokenizer.eos_id, *self.model.config.eos_ids):
+            if token is not None:
+                return token
+        return self.prefix_token_id
 
     @property
     def prefix_token_id(self):
-        for token in (self.model.config.bos_id, *self.model.config.eos_ids):
+        for token in (self.text_tokenizer.bos_id, self.text_tokenizer.eos_id, *self.model.config.eos_ids):
             if token is not None:
                 return token
         raise InputError("the checkpoint has neither BOS nor EOS, which texts without a context are scored after")
 
     def tok_encode(self, string, add_special_tokens=None, **_):
-        return self.text_tokenizer.encode(string) if add_special_tokens is False else encode(self.text_tokenizer, self.model.config, string)
+        return self.text_tokenizer.encode(string, special=add_special_tokens is not False)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False):
         """[(log-likelihood of the continuation, whether it is the greedy one)] for [(key, context ids, continuation ids)]."""
@@ -92,7 +94,7 @@ class Engine(TemplateLM):
             room = self.context - how["max_gen_toks"]
             if room < 1:
                 raise InputError(f"--tasks: {request.task_name} generates {how['max_gen_toks']} tokens, but the context is {self.context}; set it with --max_gen_toks")
-            asked.append((sampling, self.tok_encode(context)[-room:], SimpleNamespace(max_new_tokens=how["max_gen_toks"], stop=[s for s in how["until"] if s])))
+            asked.append((sampling, self.tok_encode(context)[-room:], Ending.of(self.model, self.text_tokenizer, how["max_gen_toks"], [s for s in how["until"] if s])))
         rows, decoders, texts = max(len(ids) + how.max_new_tokens for _, ids, how in asked), {}, []
         for request, (sampling, ids, how) in zip(requests, tqdm(asked, desc="generating", unit="text", disable=True if disable_tqdm else None)):
             if sampling not in decoders:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from generate import CHECKPOINTS, Sampling, encode
+from generate import CHECKPOINTS, Sampling
 from model import InputError, check_device
 
 FILE_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}  # what `datasets` calls the formats
@@ -207,7 +207,7 @@ def load_prompts(args, model, tokenizer, spare=0):
     examples, prompts, room = [], [], model.config.context - args.max_new_tokens - spare
     found = load_task(args.task, args.n_shot, args.seed, args.data_dir)
     for example in found:
-        ids = encode(tokenizer, model.config, example.prompt)
+        ids = tokenizer.encode(example.prompt)
         if 0 < len(ids) <= room:
             examples.append(example), prompts.append(ids)
         if len(prompts) == args.num_prompts:

@@ -166,11 +166,13 @@ def train_tokenizer(texts, vocab_size, folder):
     return Tokenizer.load(folder)
 
 
-def encode_documents(documents, tokenizer, bos, eos):
-    """All documents as one row of ids (N,), each between BOS and EOS where the tokenizer has them."""
+def encode_documents(documents, tokenizer):
+    """All documents as one row of ids (N,): each as the tokenizer reads a text, BOS included where it adds that, and EOS behind it."""
     ids = []
     for _, text in tqdm(documents, desc="tokenizing", unit="file", disable=None):
-        ids += [bos] * (bos is not None) + tokenizer.encode(text) + list(eos[:1])
+        ids += tokenizer.encode(text)
+        if tokenizer.eos_id is not None and ids[-1:] != [tokenizer.eos_id]:
+            ids.append(tokenizer.eos_id)
     return torch.tensor(ids, dtype=torch.int32)
 
 
@@ -420,10 +422,8 @@ def train(args):
         base = restack(base, args.layers)
     args.out.mkdir(parents=True, exist_ok=True)
     source = args.tokenizer or (args.checkpoint_path.parent if base else None)
-    if rank == 0 and source:
-        for name in ("tokenizer.model", "tokenizer.json"):
-            if (source / name).is_file() and source.resolve() != args.out.resolve():
-                (args.out / name).write_bytes((source / name).read_bytes())
+    if rank == 0 and source and source.resolve() != args.out.resolve():
+        Tokenizer.load(source).save(args.out)
     if rank == 0 and not source and not args.resume:
         train_tokenizer((text for _, text in kept), args.vocab_size, args.out)
     shard.gather(None)  # the tokenizer is there
@@ -447,10 +447,9 @@ def train(args):
         register_fsdp_forward_method(objective, "exits")
     model.to(device)
     config = model.config
-    if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
-    ids = encode_documents(kept, tokenizer, config.bos_id, config.eos_ids)
-    val_ids = encode_documents(held_out, tokenizer, config.bos_id, config.eos_ids)
+    tokenizer.check_model(config.vocab_size)
+    ids = encode_documents(kept, tokenizer)
+    val_ids = encode_documents(held_out, tokenizer)
     if len(ids) < 3 * args.context or len(val_ids) <= args.context:
         raise InputError(f"too little text: {len(ids)} training and {len(val_ids)} validation tokens for --context {args.context}")
 

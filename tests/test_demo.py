@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from generate import CHECKPOINTS, Decoder, acceptance, encode, load
+from generate import CHECKPOINTS, Decoder, acceptance, load
 
 FOLDER = ROOT / "checkpoints" / "demo"
 
@@ -14,7 +14,7 @@ FOLDER = ROOT / "checkpoints" / "demo"
 def demo():
     model, tokenizer = load(CHECKPOINTS / "demo" / "model.pth", "cpu", None)
     lines = (FOLDER / "prompts.jsonl").read_text().splitlines()
-    return model, tokenizer, [encode(tokenizer, model.config, json.loads(line)["prompt"]) for line in lines]
+    return model, tokenizer, [tokenizer.encode(json.loads(line)["prompt"]) for line in lines]
 
 
 def test_it_is_small_and_says_what_it_is():

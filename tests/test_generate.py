@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import generate
 import kernels
 import model as engine
-from generate import Decoder, DraftDisplay, Sampling, Stats, Text, accept, acceptance, draw, encode
+from generate import Decoder, DraftDisplay, Sampling, Stats, Text, accept, acceptance, draw
 from model import InputError, ModelConfig, Transformer, load_model
 from tokenizer import Tokenizer
 
@@ -95,6 +95,73 @@ def test_compiled_equals_eager():
         eager, stats = run(model, 30, **how)
         compiled, compiled_stats = run(model, 30, compile=True, compile_prefill=True, **how)
         assert compiled == eager and compiled_stats.accept_counts == stats.accept_counts
+
+
+def resized(model, vocab):
+    """The same model with another number of tokens: the first ones are the same, those beyond are never likely."""
+    other = tiny_model(vocab=vocab, n_layer=model.config.n_layer)
+    common = min(vocab, model.config.vocab_size)
+    for name, w in model.state_dict().items():
+        own = other.state_dict()[name]
+        own[:len(w)].copy_(w[:len(own)])
+        if name in ("embed.weight", "head.weight"):
+            own[common:] = 0
+    return other
+
+
+@pytest.mark.parametrize("vocab", [56, 80])
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_draft_model_may_have_more_or_fewer_tokens(vocab, compile):
+    """As of two models that share a tokenizer and are padded differently."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.head.weight[56:] = 0  # never likely
+    prompt = [1, 17, 30, 33, 25, 8]
+    plain, _ = run(model, 60, prompt)
+    assert max(plain) < 56
+    ours, stats = run(model, 60, prompt, draft_model=resized(model, vocab), k=3, draft_head="full", compile=compile)
+    assert ours == plain
+    assert stats.accept_counts[:-1] == [0, 0, 0]  # the draft is the same model: all is accepted
+
+
+def test_ids_that_the_draft_lacks_are_no_obstacle():
+    """The target writes them, the prompt has them, and the draft is fed something else."""
+    model = tiny_model()
+    plain, _ = run(model, 60, PROMPT + [63])
+    draft = resized(model, max(plain) - 3)
+    assert max(plain) >= draft.config.vocab_size
+    for k in (1, 4):
+        assert run(model, 60, PROMPT + [63], draft_model=draft, k=k)[0] == plain
+
+
+@pytest.mark.parametrize("how", [dict(), dict(exit_layer=2, k=3), dict(draft_model=tiny_model(1), k=3)])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_k=20)])
+def test_logits_that_are_not_finite_end_the_generation(how, sampling):
+    """Once the text has a token whose embedding is infinite; the rounds before are yielded."""
+    model = tiny_model()
+    whole, _ = run(model, 40, sampling=sampling, seed=5)
+    broken = next(token for i, token in enumerate(whole) if i > 12 and token not in whole[:i])
+    model.embed.weight[broken] = torch.inf
+    yielded = []
+    with pytest.raises(InputError, match="--precision float32: the model's logits are not finite numbers"):
+        for token in Decoder(model, sampling=sampling, seed=5, **how).generate(PROMPT, 40):
+            yielded.append(token)
+    with pytest.raises(InputError, match="not finite"):
+        run(model, 5, [broken], **how)
+    if not sampling.temperature:  # of a sampled text each decoder draws another
+        assert yielded == whole[:len(yielded)] and len(yielded) <= whole.index(broken) + 1
+
+
+def test_drafts_that_make_logits_infinite_are_only_rejected():
+    """What a text never has can't end it: the token is drafted, and no more."""
+    model = tiny_model()
+    plain, _ = run(model, 80)
+    drafted = []
+    decoder = Decoder(model, exit_layer=1, k=1)
+    assert list(decoder.generate(PROMPT, 80, on_draft=drafted.extend)) == plain
+    wrong = next(token for token in drafted if token not in plain + PROMPT)
+    model.embed.weight[wrong] = torch.inf
+    assert run(model, 80, exit_layer=1, k=1)[0] == plain
 
 
 @pytest.mark.parametrize("n", range(1, 12))
@@ -370,6 +437,12 @@ def test_statistics():
 
 class Letters:
     """A tokenizer of bytes, for tests."""
+    def is_shown(self, token):
+        return True
+
+    def is_byte(self, token):
+        return False
+
     def decode(self, ids):
         return bytes(ids).decode(errors="replace")
 
@@ -380,11 +453,13 @@ def test_text_streams_whole_characters_and_stops_before_a_stop_string():
     assert [text.push(b) for b in b"bENc"] == ["b", "", "", "ENc"] and not text.stopped
     assert [text.push(b) for b in b"dEND"] == ["d", "", "", ""] and text.stopped and text.flush() == ""
     text = Text(Letters(), [], stop=["END"])
+    assert [text.push(b) for b in b"xE\xe2\x82"] == ["x", "", "", ""] and text.flush() == "E\ufffd"
+    text = Text(Letters(), [], stop=["END"])
     assert [text.push(b) for b in b"xEN"] == ["x", "", ""] and text.flush() == "EN"
 
 
 def test_drafts_are_dimmed_and_overwritten(capsys, monkeypatch):
-    monkeypatch.setattr(generate.shutil, "get_terminal_size", lambda: os.terminal_size((10, 24)))
+    monkeypatch.setattr(generate.shutil, "get_terminal_size", lambda *_, **__: os.terminal_size((10, 24)))
     display = DraftDisplay(Letters(), colour=True)
     display.text("abcdef")
     display.draft(b"g\nhijk")  # cut at the line's end, so that it can be taken back
@@ -417,7 +492,7 @@ def test_command_line_reports_what_it_did(checkpoint, tmp_path):
 def test_command_line_greedy_equals_the_api(checkpoint, tmp_path):
     path = checkpoint("llama3")
     model, tokenizer = load_model(path), Tokenizer.load(path.parent)
-    expected, _ = run(model, 25, encode(tokenizer, model.config, "return x"), model.config.eos_ids)
+    expected, _ = run(model, 25, tokenizer.encode("return x"), model.config.eos_ids)
     out = tmp_path / "report.json"
     common = ("--checkpoint_path", path, "--prompt", "return x", "--num_samples", 1, "--max_new_tokens", 25, "--temperature", 0, "--json", out)
     for how in ((), ("--generation_strategy", "self_speculative", "--exit_layer", 3, "--num_speculations", 2), ("--draft_checkpoint_path", checkpoint("llama3"))):
@@ -463,7 +538,6 @@ BAD = {
     "long prompt": (["--prompt", "x " * 500], "there is room for 128"),
     "device": (["--device", "cuda:9"], "--device cuda:9"),
     "two drafters": (["--self_speculative", "--draft_checkpoint_path", "SELF"], "exclude each other"),
-    "other tokenizer": (["--draft_checkpoint_path", "OTHER"], "tokens"),
     "two checkpoints": (["--model", "a/b"], "both name a checkpoint"),
     "unwritable json": (["--json", "/nowhere/report.json"], "--json /nowhere/report.json"),
     "profile is a folder": (["--profile", "/tmp"], "--profile /tmp"),
@@ -489,7 +563,7 @@ def test_bad_input_is_one_line(case, checkpoint, monkeypatch, capsys):
 def test_a_draft_model_must_read_the_prompt_as_the_target_does(checkpoint, tmp_path):
     shutil.copytree(checkpoint("llama2").parent, tmp_path / "draft")
     write_tokenizer(tmp_path / "draft", vocab_size=288)
-    with pytest.raises(InputError, match="its tokenizer reads the prompt differently"):
+    with pytest.raises(InputError, match="a draft model must share it"):
         generate.main(["--checkpoint_path", str(checkpoint("llama2")), "--draft_checkpoint_path", str(tmp_path / "draft" / "model.pth"), "--prompt", "def f1(x): return value"])
 
 

@@ -146,29 +146,6 @@ def test_export_goes_back(shape, hf_folder, checkpoint, tmp_path, tokens):
         export(checkpoint(shape), tmp_path / "hf")
 
 
-def test_an_eos_of_null_falls_back_to_the_tokenizers(hf_folder, tmp_path):
-    shutil.copytree(hf_folder("llama2")[0], tmp_path / "copy")
-    (tmp_path / "copy" / "generation_config.json").unlink()
-    values = json.loads((tmp_path / "copy" / "config.json").read_text())
-    (tmp_path / "copy" / "config.json").write_text(json.dumps({**values, "eos_token_id": None}))
-    assert ModelConfig.load(convert(tmp_path / "copy").with_suffix(".json")).eos_ids == (2,)
-
-
-def test_special_tokens_of_a_tokenizer_json_are_named_beside_it(hf_folder, tmp_path):
-    from tokenizers import Tokenizer, models
-    shutil.copytree(hf_folder("llama2")[0], tmp_path / "copy")
-    folder = tmp_path / "copy"
-    (folder / "tokenizer.model").unlink(), (folder / "generation_config.json").unlink()
-    edit_json(folder / "config.json", bos_token_id=None, eos_token_id=None)
-    Tokenizer(models.BPE({"<s>": 0, "a": 1, "b": 2, "</s>": 3}, [])).save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(dict(bos_token={"content": "<s>"}, eos_token="</s>")))
-    config = ModelConfig.load(convert(folder).with_suffix(".json"))
-    assert (config.bos_id, config.eos_ids) == (0, (3,))
-    edit_json(folder / "tokenizer_config.json", add_bos_token=False)
-    config = ModelConfig.load(convert(folder).with_suffix(".json"))
-    assert (config.bos_id, config.eos_ids) == (None, (3,))
-
-
 def damage(folder, case):
     """Break a good Hugging Face folder in one way; returns words of the message that must come."""
     config, weights = folder / "config.json", folder / "model.safetensors"
@@ -181,7 +158,19 @@ def damage(folder, case):
             return "attention_bias"
         case "rope":
             edit_json(config, rope_parameters=dict(rope_type="yarn", rope_theta=1e4))
-            return "yarn"
+            return "'yarn' is not supported"
+        case "dynamic rope":
+            edit_json(config, rope_parameters=None, rope_scaling=dict(type="dynamic", factor=2.0))
+            return "'dynamic' is not supported"
+        case "rope without its number":
+            edit_json(config, rope_parameters=None, rope_scaling=dict(type="linear"))
+            return "with positive factor"
+        case "part of a head":
+            edit_json(config, rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5))
+            return "partial_rotary_factor"
+        case "tokenizer class":
+            (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GemmaTokenizer"}')
+            return "tokenizer_class GemmaTokenizer is not supported"
         case "field":
             edit_json(config, hidden_size=None)
             return "hidden_size"
@@ -213,23 +202,22 @@ def damage(folder, case):
         case "too many layers":
             edit_json(config, num_hidden_layers=10**9)
             return "n_layer = 1000000000"
-        case "bias tensor" | "integer tensor" | "not a number":
+        case "bias tensor" | "integer tensor" | "not a number" | "infinity":
             tensors, name = load_file(weights), "model.layers.1.self_attn.q_proj.weight"
             match case:
                 case "bias tensor": tensors["model.layers.1.self_attn.q_proj.bias"] = torch.zeros(64)
                 case "integer tensor": tensors[name] = tensors[name].to(torch.int8)
                 case "not a number": tensors[name][3, 5] = torch.nan
+                case "infinity": tensors[name][3, 5] = -torch.inf
             save_file(tensors, weights, metadata={"format": "pt"})
-            return {"bias tensor": "q_proj.bias is not part of", "integer tensor": "q_proj.weight is int8", "not a number": "q_proj.weight holds values that are not finite"}[case]
+            return {"bias tensor": "q_proj.bias is not part of", "integer tensor": "q_proj.weight is int8", "not a number": "q_proj.weight holds values that are not finite",
+                    "infinity": "q_proj.weight holds values that are not finite"}[case]
         case "quantized":
             edit_json(config, quantization_config=dict(quant_method="fp8"))
             return "quantization_config"
         case "tied in words":
             edit_json(config, tie_word_embeddings="yes")
             return "tied = 'yes'"
-        case "rope in both spellings":
-            edit_json(config, rope_scaling=dict(type="linear", factor=2.0), rope_parameters=dict(rope_type="default", rope_theta=1e4))
-            return "'linear'"
         case "eos true":
             edit_json(config, eos_token_id=True)
             (folder / "generation_config.json").unlink()
@@ -257,7 +245,7 @@ def damage(folder, case):
             return "model-00001-of-00002.safetensors: not found"
         case "no tokenizer":
             (folder / "tokenizer.model").unlink()
-            return "neither tokenizer.model"
+            return "neither tokenizer.json nor tokenizer.model"
         case "bad tokenizer":
             (folder / "tokenizer.model").write_bytes(b"\x00nonsense")
             return "tokenizer.model: not a readable tokenizer"
@@ -267,7 +255,7 @@ def damage(folder, case):
 
 
 CASES = ["text for a number", "no objects", "odd head", "eos", "architecture", "bias", "rope", "field", "heads", "shape", "layers", "json", "no config", "no weights", "truncated",
-         "truncated bin", "shard", "fewer layers", "too many layers", "bias tensor", "integer tensor", "not a number", "quantized", "tied in words", "rope in both spellings", "eos true", "no tokenizer", "bad tokenizer", "other tokenizer"]
+         "truncated bin", "shard", "fewer layers", "too many layers", "bias tensor", "integer tensor", "not a number", "quantized", "tied in words", "eos true", "infinity", "dynamic rope", "rope without its number", "part of a head", "tokenizer class", "no tokenizer", "bad tokenizer", "other tokenizer"]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -99,7 +99,7 @@ def test_a_tiny_run_learns_and_its_checkpoint_loads(optimizer, data, tmp_path, c
     # The reported validation loss is that of the saved model, worked out anew in float64 on the held-out files.
     documents = train.read_documents([data], "*.py", [])
     tokenizer = train.Tokenizer.load(tmp_path / "out")
-    ids = train.encode_documents([d for d in documents if train.is_held_out(d[0], 0.2)], tokenizer, model.config.bos_id, model.config.eos_ids)
+    ids = train.encode_documents([d for d in documents if train.is_held_out(d[0], 0.2)], tokenizer)
     count = (len(ids) - 1) // 32
     batch = torch.stack([ids[s:s + 33] for s in torch.linspace(0, len(ids) - 33, count).long().tolist()]).long()
     logp = model.double().logits(model(batch[:, :-1])).log_softmax(-1)

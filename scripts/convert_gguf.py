@@ -1,0 +1,262 @@
+"""Convert a GGUF file of a Llama to a Hugging Face folder: config.json, the weights, the tokenizer, the chat template.
+
+The folder means to transformers what the file means to it, whose reader does the work. It appears whole or not at all.
+"""
+import argparse
+import io
+import json
+import math
+import re
+import sys
+import tempfile
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Iterator
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from model import InputError, check_memory, run_command
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+FLOATS = ("F32", "F16", "BF16")  # the kinds that aren't quantized
+LAYER = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+KV_HEADS = "llama.attention.head_count_kv"
+ROPE = "rope_freqs.weight"  # by how much Llama 3 stretches each wavelength
+DAMAGED = "truncated or damaged; download it again"
+OPENED = ("is_local", "local_files_only")  # in tokenizer_config.json, transformers writes how the file was opened
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def blaming(file: Path, what: str) -> Iterator[None]:
+    """Turns whatever a library raises on a file into an InputError: each has errors of its own for a damaged one."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"{file}: {what} ({first_line(error)})") from None
+
+
+def read(file: Path):
+    """The gguf.GGUFReader of a file. Raises InputError if it isn't there, is no GGUF file, or is not all there."""
+    from gguf import GGUFReader
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; the name of a GGUF file was expected")
+    with open(file, "rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise InputError(f"{file}: not a GGUF file, which would begin with the letters GGUF")
+    with blaming(file, DAMAGED):
+        return GGUFReader(file, "c")  # copy on write: PyTorch warns of arrays that are read-only
+
+
+def field(reader, key: str, default=None):
+    """The value of a key of the file's description."""
+    return reader.fields[key].contents() if key in reader.fields else default
+
+
+def check_kind(file: Path, reader) -> None:
+    """Raise InputError unless the file is a whole Llama."""
+    parts = re.search(r"-\d{5}-of-(\d{5})\.gguf$", file.name)
+    if max(field(reader, "split.count", 1), int(parts[1]) if parts else 1) > 1:
+        raise InputError(f"{file}: one part of a split file; join the parts with "
+                         "`llama-gguf-split --merge FIRST WHOLE`, then convert that")
+    kind = field(reader, "general.architecture")
+    if kind != "llama":
+        raise InputError(f"{file}: its architecture is {kind!r}; only 'llama' can be converted")
+    if field(reader, "general.name") == "mistral":
+        raise InputError(f"{file}: its general.name is 'mistral', for transformers' reader an architecture; "
+                         "change it with `gguf-new-metadata --general-name NAME FILE NEW`")
+
+
+def tensor_names(layers: int) -> Iterator[str]:
+    """What every Llama has."""
+    yield from ("token_embd.weight", "output_norm.weight")
+    for i in range(layers):
+        yield from (f"blk.{i}.{name}.weight" for name in LAYER)
+
+
+def check_tensors(file: Path, reader) -> None:
+    """Raise InputError for a tensor that is missing, or that transformers' reader would drop without a word."""
+    layers, names = field(reader, "llama.block_count", 0), {tensor.name for tensor in reader.tensors}
+    if missing := next((name for name in tensor_names(layers) if name not in names), None):
+        raise InputError(f"{file}: has no tensor {missing}, which a Llama of {layers} layers has")
+    if left := names.difference(tensor_names(layers), ("output.weight", ROPE)):
+        raise InputError(f"{file}: tensor {min(left)} is not part of a Llama as transformers knows it; "
+                         "such a model can't be converted")
+
+
+def note_rope(file: Path, reader) -> None:
+    """Say so where the file stretches RoPE: transformers' reader leaves that out."""
+    kind = field(reader, "llama.rope.scaling.type", "none")
+    if kind != "none" or any(tensor.name == ROPE for tensor in reader.tensors):
+        print(f"note: {file} stretches RoPE for long texts; transformers' reader leaves that out, and so does "
+              'config.json: copy "rope_scaling" from that of the original model', file=sys.stderr)
+
+
+def survey(file: Path, reader) -> tuple[list[torch.dtype], float]:
+    """The small dtypes that hold every value of the matrices, and the largest value of all.
+
+    Raises InputError for values that are not finite.
+    """
+    from gguf import dequantize
+    exact, largest = [torch.bfloat16, torch.float16], 0.0
+    for tensor in tqdm(reader.tensors, desc="reading", unit="tensor", disable=None):
+        with blaming(file, f"tensor {tensor.name} can't be read"):
+            values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
+        peak = values.abs().max().item()
+        if not math.isfinite(peak):
+            raise InputError(f"{file}: tensor {tensor.name} holds values that are not finite; download the file again")
+        largest = max(largest, peak)
+        if values.dim() > 1:
+            exact = [dtype for dtype in exact if torch.equal(values.to(dtype).float(), values)]
+    return exact, largest
+
+
+def choose_dtype(file: Path, reader, name: str) -> torch.dtype:
+    """The dtype of the folder's weights. Raises InputError if the one that was asked for can't hold them."""
+    exact, largest = survey(file, reader)
+    small = largest <= torch.finfo(torch.float16).max
+    if name == "float16" and not small:
+        raise InputError(f"--dtype float16: {file} has values up to {largest:.3g}, float16 ends at 65504; "
+                         "take bfloat16 or float32")
+    if name != "auto":
+        return DTYPES[name]
+    if exact:
+        return exact[0]
+    if all(tensor.tensor_type.name in FLOATS for tensor in reader.tensors):
+        return torch.float32
+    return torch.float16 if small else torch.bfloat16
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers from warning and from drawing progress bars."""
+    from transformers.utils import logging
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with redirect_stderr(io.StringIO()):  # one of its bars can't be turned off
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def load(file: Path, dtype: torch.dtype):
+    """transformers' model and tokenizer of the file. Neither the file's name nor what lies beside it counts."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    with blaming(file, "transformers can't read it"), quiet(), tempfile.TemporaryDirectory() as alone:
+        (Path(alone) / "model.gguf").symlink_to(file.resolve())
+        tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf")
+        model = AutoModelForCausalLM.from_pretrained(alone, gguf_file="model.gguf", dtype=dtype)
+    return model, tokenizer
+
+
+def restore_row_order(model) -> None:
+    """Undo llama.cpp's row order of q and k, as transformers' reader only does where the file has KV_HEADS."""
+    for layer in model.model.layers:
+        for part in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            pairs = part.weight.data.unflatten(0, (-1, model.config.head_dim // 2, 2))
+            part.weight.data = pairs.transpose(1, 2).reshape(part.weight.shape)
+
+
+def edit_json(path: Path, change) -> None:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    change(values)
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_tokenizer(folder: Path, tokenizer, vocab_size: int) -> None:
+    """The tokenizer's files, so that they are read back as they are."""
+    def keep_known(values):  # transformers adds an <|endoftext|> that the model has no row for
+        values["added_tokens"] = [token for token in values["added_tokens"] if token["id"] < vocab_size]
+
+    def describe(values):
+        for key in OPENED:
+            values.pop(key, None)
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"  # others rebuild parts of tokenizer.json
+        values["add_bos_token"] = tokenizer.add_bos_token  # for other readers: transformers goes by tokenizer.json
+        values["add_eos_token"] = tokenizer.add_eos_token
+
+    tokenizer.save_pretrained(folder)
+    edit_json(folder / "tokenizer.json", keep_known)
+    edit_json(folder / "tokenizer_config.json", describe)
+
+
+def write(folder: Path, model, tokenizer) -> None:
+    """A Hugging Face folder's files."""
+    from huggingface_hub import save_torch_state_dict
+    config, state = model.config, model.state_dict()
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    vars(config).pop("quantization_config", None)  # the weights aren't any more
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    save_torch_state_dict(state, folder, metadata={"format": "pt"})
+    write_tokenizer(folder, tokenizer, config.vocab_size)
+
+
+@contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """Gives an empty folder that becomes `out` if all goes well, and is gone if not.
+
+    Raises InputError if `out` exists or can't be written.
+    """
+    if out.exists():
+        raise InputError(f"--out {out}: exists already; name a new folder")
+    beside = next(folder for folder in out.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=beside, prefix=out.name) as partial:
+            made = Path(partial) / out.name
+            made.mkdir()
+            yield made
+            out.parent.mkdir(parents=True, exist_ok=True)
+            made.rename(out)
+    except (OSError, SafetensorError) as error:  # the latter where the disk is full
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"--out {out}: can't be written ({reason}); name a new folder where there is room") from None
+
+
+def convert(file: Path | str, out: Path | str, dtype: str = "auto") -> Path:
+    """Write the new Hugging Face folder `out` from a GGUF file; returns `out`. Raises InputError if that can't be done.
+
+    dtype: a key of DTYPES, or "auto": bfloat16 or float16 where one holds the matrices exactly, else float32 for files
+    of floats, and for quantized ones float16, or bfloat16 if float16 overflows.
+    """
+    file, out = Path(file), Path(out)
+    reader = read(file)
+    with blaming(file, DAMAGED):
+        check_kind(file, reader)
+        check_tensors(file, reader)
+    with whole(out) as folder:
+        chosen = choose_dtype(file, reader, dtype)
+        values = sum(int(tensor.n_elements) for tensor in reader.tensors)
+        check_memory(values * chosen.itemsize, "cpu", f"converting {file}")
+        model, tokenizer = load(file, chosen)
+        if KV_HEADS not in reader.fields:
+            restore_row_order(model)
+        with quiet():
+            write(folder, model, tokenizer)
+    note_rope(file, reader)
+    return out
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("file", type=Path, help="GGUF file of a Llama, of any kind that the gguf package can widen")
+    p.add_argument("--out", type=Path, required=True, help="folder to write")
+    p.add_argument("--dtype", choices=["auto", *DTYPES], default="auto",
+                   help="of the weights (default: auto, the smallest that loses nothing; float16 for quantized files)")
+    args = p.parse_args()
+    print(f"wrote {convert(args.file, args.out, args.dtype)}")
+
+
+if __name__ == "__main__":
+    run_command(main)
