@@ -174,6 +174,32 @@ def untie(config: ModelConfig, theirs: dict) -> ModelConfig:
     return replace(config, tied=False)
 
 
+# Settings of generation_config.json that change the distribution: transformers' generate() follows them, this engine doesn't.
+CHANGES_LOGITS = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "sequence_bias": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "guidance_scale": None,
+    "exponential_decay_length_penalty": None,
+}
+
+
+def note_what_is_left_out(folder: Path) -> None:
+    """Print a line about what generation_config.json asks for and this engine leaves out, if there is anything."""
+    generation = read_object(folder / "generation_config.json")
+    found = [name for name, off in CHANGES_LOGITS.items() if generation.get(name) not in (None, off)]
+    if found:
+        print(f"note: generation_config.json sets {', '.join(found)}, which this engine leaves out: it changes the distribution")
+
+
 def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and all(torch.equal(x, y) for x, y in zip(a.split(4096), b.split(4096)))
 
@@ -188,6 +214,7 @@ def convert(folder: str | Path) -> Path:
     config = untie(config, theirs)
     if not config.eos_ids:
         print("note: the folder names no token that ends a text; see generate.py --stop and --stop_token_ids")
+    note_what_is_left_out(folder)
     wanted, path = plan(folder, config, theirs), folder / "model.pth"
     with saved(path, {ours: t for ours, (t, _) in wanted.items()}, config) as result:
         for ours, (_, names) in tqdm(wanted.items(), desc="converting", unit="tensor", disable=None):

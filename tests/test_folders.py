@@ -181,6 +181,15 @@ def test_a_head_of_its_own_is_said(tmp_path, capsys):
     assert capsys.readouterr().out.count("the file has a head of its own, which is taken") == 1
 
 
+def test_what_generation_config_asks_for_and_is_left_out_is_said(tmp_path, capsys):
+    eos(tmp_path, generation=dict(eos_token_id=2, repetition_penalty=1.2, temperature=0.6, no_repeat_ngram_size=0))
+    convert(tmp_path)
+    assert "note: generation_config.json sets repetition_penalty, which this engine leaves out" in capsys.readouterr().out
+    eos(tmp_path, generation=dict(eos_token_id=2, repetition_penalty=1.0))
+    convert(tmp_path)
+    assert "note" not in capsys.readouterr().out
+
+
 def test_an_older_description_of_llama3s_rope_is_still_read(tmp_path):
     llama3_rope(tmp_path)
     path = convert(tmp_path)
@@ -365,3 +374,43 @@ def test_an_interrupted_answer_stays_in_the_conversation(talker):
     conversation.answer("go on")
     prompt = tokenizer.chat(conversation.messages[:-1])
     assert conversation.decoder.stats.tokens == list(Decoder(load_model_like(model)).generate(prompt, 20, (3,)))
+
+
+def in_terminal(folder, keys, args=()):
+    """What generate.py --interactive writes to a terminal on which the keys are typed, each when it asks for a line."""
+    import os
+    import pty
+    import select
+    import time
+
+    run = [sys.executable, ROOT / "generate.py", "--checkpoint_path", folder / "model.pth", "--interactive", *args]
+    process, terminal = pty.fork()
+    if process == 0:
+        os.environ["TERM"] = "xterm"
+        os.execv(sys.executable, list(map(str, run)))
+    written, asked, end = b"", b"\x1b[?2004h", time.time() + 120  # what switches bracketed paste on comes before each line
+    try:
+        while time.time() < end:
+            if select.select([terminal], [], [], 0.1)[0]:
+                new = os.read(terminal, 65536)
+                written += new
+                if b"\x1b[6n" in new:  # where is the cursor?
+                    os.write(terminal, b"\x1b[1;1R")
+            elif keys and written.count(asked) > 0:
+                written = written.replace(asked, b"")
+                os.write(terminal, keys.pop(0))
+    except OSError:  # the process has ended
+        pass
+    return written, os.waitpid(process, 0)[1]
+
+
+def test_in_a_terminal_lines_are_of_any_length(chat_folder):
+    """Longer than the 4095 characters of a terminal's own lines; several lines pasted at once; Ctrl-C, the line before, Ctrl-D."""
+    pytest.importorskip("prompt_toolkit")
+    paste = b"\x1b[200~one\ntwo\x1b[201~\r"
+    written, status = in_terminal(chat_folder, [b"x" * 5000 + b"\r", paste, b"given up\x03", b"\x1b[A\r", b"\x04"])
+    assert status == 0
+    count = len(Tokenizer.load(chat_folder).encode("x" * 5000))
+    assert f"the prompt has {count} tokens".encode() in written
+    lines = len(Tokenizer.load(chat_folder).encode("one\ntwo"))
+    assert written.count(f"prefill of {lines} tokens".encode()) == 2
