@@ -21,10 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
+from kernels import formats
 import tune
-from model import InputError, Transformer, check_device, check_writable, count_parameters, load_model
+from checkpoint import count_parameters, load_model
+from command import InputError, check_device, check_writable
+from model import Transformer
 from tokenizer import Tokenizer
-from tp import run_command, start
+from tp import broadcast, run_command, start
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 DEFAULT_PROMPT = "class Stack:\n    def __init__(self):\n"
@@ -165,7 +168,7 @@ class Decoder:
         coarse = self.drafter and draft_head == "int8" and not self.drafter.config.quantization  # a quantized head is int8 already
         with torch.no_grad():  # as decoding will be
             coarse = coarse and kernels.backend(self.drafter.head.weight, 1)  # without kernels int8 would be widened at every step
-        self.draft_head = kernels.int8_rows(self.drafter.head.weight) if coarse else None  # (weight, scale)
+        self.draft_head = formats.int8_rows(self.drafter.head.weight) if coarse else None  # (weight, scale)
         device = model.embed.weight.device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # Triton and graphs work on the current one
@@ -202,7 +205,7 @@ class Decoder:
 
     def agree(self, tokens):
         """What the first of the processes chose."""
-        return kernels.broadcast(tokens, self.model.shard) if self.model.shard else tokens
+        return broadcast(tokens, self.model.shard) if self.model.shard else tokens
 
     def _prefill(self, prompt, pos, u):
         """Fill the caches from the prompt (1, T), whose positions are pos (T,), or None if it is all of the text.

@@ -3,53 +3,24 @@
 Shape letters: B sequences, T tokens in this call, S cache rows, V vocabulary, D model width,
 H query heads, G key/value heads, C head width, F feed-forward width, L layers.
 """
-import ctypes
 import json
 import math
-import mmap
-import os
-import signal
-import sys
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from quantize import GROUPSIZES, Linear
-
+from command import InputError, check_memory
+from kernels import cpu
+from kernels.formats import GROUPSIZES
 
 # The kinds of RoPE scaling, by the names that config.json has for them, and the numbers that each wants.
 ROPE_SCALING = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-
-
-class InputError(ValueError):
-    """Something the user gave is wrong; the message is the one line to show them."""
-
-
-def run_command(main):
-    """Run a command's `main()`; bad input ends in one line on stderr and exit code 1, Ctrl-C in 130, SIGTERM in 143."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clears away what is half-written
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: {error.filename or 'input or output'}: {error.strerror or error}")
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            sys.exit("error: out of memory: take a smaller model, fewer --max_new_tokens, or a lower --precision")
-        raise
-    except ModuleNotFoundError as error:
-        sys.exit(f"error: the package {error.name} is missing: pip install -r requirements.txt, and for scripts/ -r scripts/requirements.txt")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 @dataclass
@@ -102,21 +73,6 @@ class ModelConfig:
         need(self.groupsize in GROUPSIZES if self.quantization == "int4" else self.groupsize is None, "groupsize", "one of " + ", ".join(map(str, GROUPSIZES)) + " with int4, else None")
         self.eos_ids = tuple(self.eos_ids)
 
-    @classmethod
-    def load(cls, path):
-        """Read `model.json`. Raises InputError if it is missing, not JSON, or lacks a field."""
-        try:
-            values = json.loads(Path(path).read_text())
-            return cls(**{f.name: values[f.name] for f in fields(cls)})
-        except FileNotFoundError:
-            raise InputError(f"{path}: not found; scripts/convert_hf_checkpoint.py writes it beside model.pth") from None
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{path}: not a readable model description ({error})") from None
-        except KeyError as error:
-            raise InputError(f"{path}: field {error} is missing; convert the checkpoint again") from None
-
     @property
     def default_exit(self):
         """The exit taken where none is named: a quarter of the way up."""
@@ -145,6 +101,53 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor):
     """Apply RoPE to x (B, T, heads, C), pairing component i with i + C/2; cos and sin are (T, 1, C/2)."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Linear(nn.Module):
+    """A product without bias, on the kernels that suit the number of rows. quantization: None, "int8" or "int4"; the latter
+    falls back to int8 where groupsize doesn't divide `inputs`.
+
+    `keep` makes it one process's part of the matrix. Its format stays the whole matrix's."""
+
+    def __init__(self, inputs, outputs, quantization=None, groupsize=None):
+        super().__init__()
+        self.inputs = inputs  # of the whole matrix
+        self.rows, self.columns = [(0, outputs)], (0, inputs)  # what of it is here
+        self.combine = lambda y: y  # makes the processes' products the whole one
+        self.register_buffer("scale", None)
+        self.register_buffer("zero", None)
+        if quantization is None:
+            self.weight = nn.Parameter(torch.empty(outputs, inputs))
+            nn.init.normal_(self.weight, std=inputs ** -0.5)
+        elif quantization == "int8" or inputs % groupsize:
+            self.register_buffer("weight", torch.empty(outputs, inputs, dtype=torch.int8))
+            self.scale = torch.empty(outputs)
+        else:
+            self.register_buffer("weight", torch.empty(outputs, inputs // 2, dtype=torch.uint8))
+            self.scale, self.zero = (torch.empty(outputs, inputs // groupsize, dtype=torch.bfloat16) for _ in range(2))
+
+    @property
+    def unit(self):
+        """Columns that can't be parted: int4's groups."""
+        return 1 if self.zero is None else self.inputs // self.zero.shape[1]
+
+    def keep(self, rows=None, columns=None, combine=None):
+        """Become the part that has these rows [(begin, end), ...] and columns (begin, end), whole units; None: all. Weights are set afterwards.
+        combine: function of the product with this part (..., N) that returns the whole matrix's, or what of it is wanted here."""
+        self.rows, self.columns, self.combine = rows or self.rows, columns or self.columns, combine or self.combine
+        for name, whole in self.state_dict().items():
+            part = torch.cat(self.pieces(whole))
+            setattr(self, name, nn.Parameter(part, requires_grad=False) if name in self._parameters else part)
+
+    def pieces(self, whole):
+        """Of a tensor of the whole matrix (weight, scale or zero) views that one below the other are this part's."""
+        if whole.dim() == 2:
+            width = self.inputs // whole.shape[1]  # columns that an element stands for: 2 in int4's bytes, a group in its scales
+            whole = whole[:, self.columns[0] // width:self.columns[1] // width]
+        return [whole[begin:end] for begin, end in self.rows]
+
+    def forward(self, x):
+        return self.combine(kernels.linear(x, self.weight, self.scale, self.zero))
 
 
 class RMSNorm(nn.Module):
@@ -249,7 +252,7 @@ class Transformer(nn.Module):
         weight, attention = self.embed.weight, self.layers[0].attention
         cache = attention.k_cache
         if weight.device.type == "cpu":
-            kernels.prepare()
+            cpu.prepare()
         if cache is not None and cache.shape[0] == batch and cache.shape[2] >= rows:
             return
         shape = (batch, attention.kv_heads, rows, attention.head_dim)
@@ -294,167 +297,3 @@ class Transformer(nn.Module):
     def logits(self, h):
         """Final norm and output head on hidden states h (..., D) of any layer: (..., V)."""
         return self.head(self.norm(h))
-
-
-def expected_tensors(config: ModelConfig):
-    """Name and meta tensor of everything in a checkpoint of this architecture; what is float32 here may have any floating type."""
-    with torch.device("meta"):
-        state = Transformer(config).state_dict()
-    return {name: t for name, t in state.items() if not (name == "head.weight" and config.tied and not config.quantization)}
-
-
-def count_parameters(config: ModelConfig):
-    """Numbers that the architecture has to learn, however they are stored."""
-    return sum(t.numel() for t in expected_tensors(replace(config, quantization=None, groupsize=None)).values())
-
-
-def check_state(state, config: ModelConfig, path):
-    """Raise InputError, naming `path` and the first tensor at fault, unless `state` is exactly this architecture's."""
-    wanted = expected_tensors(config)
-    for name in sorted(wanted.keys() ^ state.keys()):
-        raise InputError(f"{path}: tensor {name} is {'missing' if name in wanted else 'not part of this architecture'}")
-    for name, t in wanted.items():
-        if state[name].shape != t.shape:
-            raise InputError(f"{path}: tensor {name} has shape {tuple(state[name].shape)}, the model's description wants {tuple(t.shape)}")
-        if state[name].is_floating_point() != t.is_floating_point() or not t.is_floating_point() and state[name].dtype != t.dtype:
-            raise InputError(f"{path}: tensor {name} is {str(state[name].dtype)[6:]}, the model's description wants {str(t.dtype)[6:]}")
-
-
-@contextmanager
-def saved(path, like, config: ModelConfig):
-    """Write `model.pth` and the `model.json` beside it, both whole or neither, without having all of it in memory.
-
-    like: {name: tensor} of the shapes and dtypes to come. Gives a dict of tensors to copy the values into, which are the file's.
-    """
-    path = Path(path)
-    check_state(like, config, path)
-    description = path.with_suffix(".json")
-    partial = {target: target.with_name(target.name + ".partial") for target in (description, path)}
-    try:
-        try:
-            partial[description].write_text(config.to_json())
-            with torch.serialization.skip_data():
-                torch.save({name: torch.empty(t.shape, dtype=t.dtype) for name, t in like.items()}, partial[path])
-            if hasattr(os, "posix_fallocate"):  # a full disk shows now, not as a fault of some page later
-                with open(partial[path], "r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, partial[path].stat().st_size)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            raise InputError(f"{path}: can't be written ({str(error).splitlines()[0]})") from None
-        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-            result = torch.load(partial[path], mmap=True, weights_only=True)
-        yield result
-        for target, written in partial.items():
-            written.replace(target)
-    finally:
-        for written in partial.values():
-            written.unlink(missing_ok=True)
-
-
-def save_checkpoint(path, state, config: ModelConfig):
-    """Write the tensors of `state` as `model.pth`, and `model.json` beside it, both whole or neither."""
-    with saved(path, state, config) as result:
-        for name, t in state.items():
-            result[name].copy_(t)
-
-
-def read_state(path, device="cpu"):
-    """What a checkpoint file holds, mapped rather than read on the CPU. Raises InputError if it is missing or damaged."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: not found; scripts/prepare.sh downloads and converts a checkpoint")
-    try:
-        return torch.load(path, mmap=True, weights_only=True, map_location=device)
-    except Exception as error:  # a damaged file surfaces as many kinds of error
-        raise InputError(f"{path}: not a readable checkpoint ({(str(error).splitlines() or ['empty file'])[0]})") from None
-
-
-def check_memory(nbytes, device, what):
-    """Raise InputError if `nbytes` more, for `what`, are not free on the device, where the system tells."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif Path("/proc/meminfo").is_file():
-        free = next((int(line.split()[1]) * 1024 for line in open("/proc/meminfo") if line.startswith("MemAvailable")), nbytes)
-    else:
-        return
-    if nbytes > free:
-        raise InputError(f"{what} needs {nbytes / 1e9:.2f} GB, but {device} has only {free / 1e9:.2f} GB free")
-
-
-def check_device(device):
-    """Raise InputError unless tensors can be put on the device."""
-    try:
-        torch.zeros(1, device=device).item()
-    except Exception as error:  # each kind of device has errors of its own
-        raise InputError(f"--device {device}: not available here ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
-
-
-def check_writable(option, path):
-    """Raise InputError unless a file can be written at `path`, which is left as it was. For results that come late."""
-    path = Path(path)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise InputError(f"{option} {path}: can't be written; name a file in an existing, writable folder")
-
-
-def load_model(path, device="cpu", dtype=torch.float32, shard=None):
-    """Load `model.pth` with the `model.json` beside it, in evaluation mode, without caches; with a tp.Shard, that part of it.
-
-    The file is mapped, never unpickled as code, and its tensors go to the device one by one, of which only the part is read.
-    Raises InputError if a file is missing or damaged, if names or shapes don't fit the description, or if it can't be split.
-    """
-    path = Path(path)
-    state = read_state(path)
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise InputError(f"{path}: holds more than tensors; a checkpoint of scripts/convert_hf_checkpoint.py was expected")
-    config = ModelConfig.load(path.with_suffix(".json"))
-    check_state(state, config, path)
-    model = empty_model(config, device, dtype, path, shard)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
-    for name, t in model.state_dict().items():
-        if name in state:
-            linear = linears.get(name.rpartition(".")[0])
-            pieces = linear.pieces(state[name]) if linear else [state[name]]
-            for own, piece in zip(t.split([len(piece) for piece in pieces]), pieces):
-                own.copy_(piece)
-            release(state[name])
-    return model
-
-
-def release(mapped):
-    """Let go of the memory behind a tensor of a mapped file: until the file is closed it would count as this process's, beside
-    the copy that was made of it. Read again, it comes from the file."""
-    first, last = -(-mapped.data_ptr() // mmap.PAGESIZE), (mapped.data_ptr() + mapped.nbytes) // mmap.PAGESIZE
-    if sys.platform == "linux" and last > first:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first * mmap.PAGESIZE), ctypes.c_size_t((last - first) * mmap.PAGESIZE), mmap.MADV_DONTNEED)
-
-
-def empty_model(config, device, dtype, what, shard=None):
-    """A Transformer for inference, or a tp.Shard's part of it, whose weights are not set yet; dtype is theirs where they are not quantized.
-
-    Raises InputError if `what` doesn't fit into memory or can't be split.
-    """
-    with torch.device("meta"):
-        model = Transformer(config)
-        if shard:
-            shard.split(model)
-    names = expected_tensors(config).keys()
-    tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if name in names}
-    types = {name: dtype if isinstance(t, nn.Parameter) else t.dtype for name, t in tensors.items()}
-    sizes = [-(-t.numel() * types[name].itemsize // 64) * 64 for name, t in tensors.items()]  # whole cache lines
-    check_memory(sum(sizes), device, f"{what} in {str(dtype)[6:]}")
-    on_cpu = torch.device(device).type == "cpu"
-    memory = huge_pages(sum(sizes)) if on_cpu else torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-    state = {name: part[:t.numel() * types[name].itemsize].view(types[name]).view(t.shape) for (name, t), part in zip(tensors.items(), memory.split(sizes))}
-    model.load_state_dict(state, assign=True, strict=not config.tied)
-    model.tie()
-    model.inv_freq = rope_frequencies(config).to(device)
-    return model.eval().requires_grad_(False)
-
-
-def huge_pages(nbytes):
-    """Memory (nbytes,) uint8 that the system may back by huge pages: streamed from 4 KB pages, weights come a fifth slower."""
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a system without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)

@@ -1,97 +1,23 @@
-"""Weight-only quantization: the linear layer in each of its formats, and the command that quantizes a checkpoint.
+"""The command that quantizes a checkpoint's weights, to the nearest value or by GPTQ.
 
-int8: symmetric, w[n, k] = q[n, k] scale[n], with q from -127 to 127.
-int4: asymmetric in groups of k, w[n, k] = (q[n, k] - 8) scale[n, g] + zero[n, g], with q from 0 to 15. Of every 32 weights of a row, byte j
-of 16 holds number j in its lower half and number j + 16 in its upper.
-
-Quantized are the matrices of the layers and the head, which is int8 in either mode: of it every token reads all, so it is worth it,
-and the choice of the token is most sensitive to it. The embedding, of which a token reads one row, and the norms stay as they are;
-so does the embedding's use where the head is tied to it: the head becomes an int8 copy.
+Quantized are the matrices of the layers and the head, which is int8 in either mode: every token reads all of it, and the choice of the
+token is most sensitive to it. The embedding, of which a token reads one row, and the norms stay as they are; where the head is
+tied to the embedding, it becomes an int8 copy.
 """
+
 import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-import kernels
-
-GROUPSIZES = (32, 64, 128, 256)
-
-
-class Linear(nn.Module):
-    """A product without bias, on the kernels that suit the number of rows. quantization: None, "int8" or "int4"; the latter
-    falls back to int8 where groupsize doesn't divide `inputs`.
-
-    `keep` makes it one process's part of the matrix. Its format stays the whole matrix's."""
-
-    def __init__(self, inputs, outputs, quantization=None, groupsize=None):
-        super().__init__()
-        self.inputs = inputs  # of the whole matrix
-        self.rows, self.columns = [(0, outputs)], (0, inputs)  # what of it is here
-        self.combine = lambda y: y  # makes the processes' products the whole one
-        self.register_buffer("scale", None)
-        self.register_buffer("zero", None)
-        if quantization is None:
-            self.weight = nn.Parameter(torch.empty(outputs, inputs))
-            nn.init.normal_(self.weight, std=inputs ** -0.5)
-        elif quantization == "int8" or inputs % groupsize:
-            self.register_buffer("weight", torch.empty(outputs, inputs, dtype=torch.int8))
-            self.scale = torch.empty(outputs)
-        else:
-            self.register_buffer("weight", torch.empty(outputs, inputs // 2, dtype=torch.uint8))
-            self.scale, self.zero = (torch.empty(outputs, inputs // groupsize, dtype=torch.bfloat16) for _ in range(2))
-
-    @property
-    def unit(self):
-        """Columns that can't be parted: int4's groups."""
-        return 1 if self.zero is None else self.inputs // self.zero.shape[1]
-
-    def keep(self, rows=None, columns=None, combine=None):
-        """Become the part that has these rows [(begin, end), ...] and columns (begin, end), whole units; None: all. Weights are set afterwards.
-        combine: function of the product with this part (..., N) that returns the whole matrix's, or what of it is wanted here."""
-        self.rows, self.columns, self.combine = rows or self.rows, columns or self.columns, combine or self.combine
-        for name, whole in self.state_dict().items():
-            part = torch.cat(self.pieces(whole))
-            setattr(self, name, nn.Parameter(part, requires_grad=False) if name in self._parameters else part)
-
-    def pieces(self, whole):
-        """Of a tensor of the whole matrix (weight, scale or zero) views that one below the other are this part's."""
-        if whole.dim() == 2:
-            width = self.inputs // whole.shape[1]  # columns that an element stands for: 2 in int4's bytes, a group in its scales
-            whole = whole[:, self.columns[0] // width:self.columns[1] // width]
-        return [whole[begin:end] for begin, end in self.rows]
-
-    def forward(self, x):
-        return self.combine(kernels.linear(x, self.weight, self.scale, self.zero))
-
-
-def int4_range(w):
-    """The scale and zero, each (N, G) bfloat16, that fit w (N, G, groupsize): its smallest value becomes 0, its largest 15."""
-    low, high = w.float().aminmax(dim=-1)
-    scale = ((high - low) / 15).clamp(min=1e-8).to(torch.bfloat16)
-    return scale, (low + 8 * scale.float()).to(torch.bfloat16)
-
-
-def int4_round(w, scale, zero):
-    """q (...) uint8 whose value is nearest to w (...), for scale and zero that broadcast with it."""
-    return ((w.float() - zero.float()) / scale.float() + 8).round().clamp(0, 15).to(torch.uint8)
-
-
-def pack(q):
-    """q (N, K) uint8, 0 to 15, as bytes (N, K / 2) in the order of the file."""
-    low, high = q.view(len(q), -1, 2, 16).unbind(2)
-    return (low | high << 4).flatten(1)
-
-
-def int4_groups(w, groupsize):
-    """w (N, K) as (weight, scale, zero) in int4, each weight rounded to the nearest."""
-    groups = w.unflatten(1, (-1, groupsize))
-    scale, zero = int4_range(groups)
-    return pack(int4_round(groups, scale[..., None], zero[..., None]).flatten(1)), scale, zero
+from checkpoint import check_state, expected_tensors, load_config, read_state, release, saved
+from command import InputError, check_device, run_command
+from kernels.formats import GROUPSIZES, dequantize, int4_groups, int4_range, int4_round, int8_rows, pack
+from model import Block, Linear, Transformer
+from tokenizer import Tokenizer
 
 
 def gptq(w, hessian, groupsize, act_order=False, damp=0.01):
@@ -129,7 +55,7 @@ def gptq(w, hessian, groupsize, act_order=False, damp=0.01):
 def quantize(w, quantization, groupsize, hessian=None, act_order=False):
     """The tensors of a Linear {"weight", "scale", "zero"} for w (N, K), in the format that Linear chooses."""
     if quantization == "int8" or w.shape[1] % groupsize:
-        return dict(zip(("weight", "scale"), kernels.int8_rows(w)))
+        return dict(zip(("weight", "scale"), int8_rows(w)))
     tensors = int4_groups(w, groupsize) if hessian is None else gptq(w, hessian, groupsize, act_order)
     return dict(zip(("weight", "scale", "zero"), tensors))
 
@@ -140,7 +66,6 @@ def quantize_layer(state, config, groupsize, inputs, act_order):
 
     Returns the quantized tensors by their names; `inputs` are replaced by the quantized layer's outputs.
     """
-    from model import Block
     block = Block(config).requires_grad_(False).to(inputs[0][0].device)
     block.load_state_dict({name: t.float() for name, t in state.items()})
     hessians = {}
@@ -161,7 +86,7 @@ def quantize_layer(state, config, groupsize, inputs, act_order):
     for name, module in linears.items():
         tensors = quantize(module.weight, "int4", groupsize, hessians[name], act_order)
         out |= {f"{name}.{part}": t for part, t in tensors.items()}
-        module.weight.copy_(kernels.dequantize(tensors["weight"], tensors["scale"], tensors.get("zero"), torch.float32))
+        module.weight.copy_(dequantize(tensors["weight"], tensors["scale"], tensors.get("zero"), torch.float32))
     for i, (x, positions) in enumerate(inputs):
         inputs[i] = block(x, *positions), positions
     return out
@@ -174,8 +99,7 @@ def quantize_checkpoint(path, out, mode, groupsize, calibration=(), act_order=Fa
     mode: "int8", "int4" or "int4-gptq", which wants calibration, a list of token ids (T,), and computes on `device`. exit_layer: of a
     model that ends there, to draft for the whole one. Raises InputError.
     """
-    from model import InputError, ModelConfig, Transformer, check_state, expected_tensors, read_state, release, saved
-    config, state = ModelConfig.load(path.with_suffix(".json")), read_state(path)
+    config, state = load_config(path.with_suffix(".json")), read_state(path)
     check_state(state, config, path)
     if config.quantization:
         raise InputError(f"--checkpoint_path {path}: is quantized already ({config.quantization}); give the checkpoint that it was made from")
@@ -227,7 +151,6 @@ def quantize_checkpoint(path, out, mode, groupsize, calibration=(), act_order=Fa
 
 def calibration_windows(path, tokenizer, config, length, count):
     """Token ids [(T,), ...] of a text file, or of the prompts and references of a JSONL file: `count` windows of `length`, evenly spread."""
-    from model import InputError
     try:
         text = Path(path).read_text(encoding="utf-8")
         if Path(path).suffix == ".jsonl":
@@ -245,41 +168,34 @@ def calibration_windows(path, tokenizer, config, length, count):
 
 
 def main():
-    from model import InputError, ModelConfig, check_device, run_command
-    from tokenizer import Tokenizer
-
-    def run():
-        p = argparse.ArgumentParser(description="Quantize a checkpoint's weights. The result lies beside it, and generate.py takes it as any other.")
-        p.add_argument("--checkpoint_path", type=Path, required=True, help="model.pth of a prepared checkpoint")
-        p.add_argument("--mode", choices=["int8", "int4", "int4-gptq"], default="int8", help="int4-gptq calibrates on a text (default: %(default)s)")
-        p.add_argument("--groupsize", type=int, choices=GROUPSIZES, default=128, help="of int4: weights that share a scale (default: %(default)s)")
-        p.add_argument("--early_exit", "--exit_layer", type=int, metavar="E", help="write the first E layers and the head alone: a draft model for the unquantized checkpoint, see --draft_checkpoint_path of generate.py")
-        p.add_argument("--calibration", type=Path, metavar="FILE", help="text like what the model will write, for int4-gptq, plain or as prompts.jsonl (default: prompts.jsonl beside the checkpoint, if it is there)")
-        p.add_argument("--calibration_windows", type=int, default=64, help="pieces of it to use (default: %(default)s)")
-        p.add_argument("--calibration_length", type=int, default=512, help="tokens in each (default: %(default)s)")
-        p.add_argument("--act_order", action="store_true", help="int4-gptq: the most important columns first")
-        p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where int4-gptq computes (default here: %(default)s)")
-        args = p.parse_args()
-        calibration = ()
-        if args.mode == "int4-gptq":
-            beside = args.checkpoint_path.with_name("prompts.jsonl")
-            args.calibration = args.calibration or (beside if beside.is_file() else None)
-            if not args.calibration:
-                raise InputError("--mode int4-gptq: needs --calibration, a text file like what the model will write")
-            check_device(args.device)
-            if args.calibration_windows < 1 or args.calibration_length < 2:
-                raise InputError("--calibration_windows and --calibration_length: must be 1 and 2 or more")
-            config = ModelConfig.load(args.checkpoint_path.with_suffix(".json"))
-            calibration = calibration_windows(args.calibration, Tokenizer.load(args.checkpoint_path.parent), config, args.calibration_length, args.calibration_windows)
-        name = ("int8" if args.mode == "int8" else f"{args.mode}.g{args.groupsize}") + (f".e{args.early_exit}" if args.early_exit is not None else "")
-        out = args.checkpoint_path.with_name(f"{args.checkpoint_path.stem}_{name}.pth")
-        quantize_checkpoint(args.checkpoint_path, out, args.mode, args.groupsize, calibration, args.act_order, args.device, args.early_exit)
-        before, after = args.checkpoint_path.stat().st_size, out.stat().st_size
-        print(f"wrote {out}: {after / 1e9:.3f} GB, {after / before:.0%} of {args.checkpoint_path.name}")
-
-    run_command(run)
+    p = argparse.ArgumentParser(description="Quantize a checkpoint's weights. The result lies beside it, and generate.py takes it as any other.")
+    p.add_argument("--checkpoint_path", type=Path, required=True, help="model.pth of a prepared checkpoint")
+    p.add_argument("--mode", choices=["int8", "int4", "int4-gptq"], default="int8", help="int4-gptq calibrates on a text (default: %(default)s)")
+    p.add_argument("--groupsize", type=int, choices=GROUPSIZES, default=128, help="of int4: weights that share a scale (default: %(default)s)")
+    p.add_argument("--early_exit", "--exit_layer", type=int, metavar="E", help="write the first E layers and the head alone: a draft model for the unquantized checkpoint, see --draft_checkpoint_path of generate.py")
+    p.add_argument("--calibration", type=Path, metavar="FILE", help="text like what the model will write, for int4-gptq, plain or as prompts.jsonl (default: prompts.jsonl beside the checkpoint, if it is there)")
+    p.add_argument("--calibration_windows", type=int, default=64, help="pieces of it to use (default: %(default)s)")
+    p.add_argument("--calibration_length", type=int, default=512, help="tokens in each (default: %(default)s)")
+    p.add_argument("--act_order", action="store_true", help="int4-gptq: the most important columns first")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where int4-gptq computes (default here: %(default)s)")
+    args = p.parse_args()
+    calibration = ()
+    if args.mode == "int4-gptq":
+        beside = args.checkpoint_path.with_name("prompts.jsonl")
+        args.calibration = args.calibration or (beside if beside.is_file() else None)
+        if not args.calibration:
+            raise InputError("--mode int4-gptq: needs --calibration, a text file like what the model will write")
+        check_device(args.device)
+        if args.calibration_windows < 1 or args.calibration_length < 2:
+            raise InputError("--calibration_windows and --calibration_length: must be 1 and 2 or more")
+        config = load_config(args.checkpoint_path.with_suffix(".json"))
+        calibration = calibration_windows(args.calibration, Tokenizer.load(args.checkpoint_path.parent), config, args.calibration_length, args.calibration_windows)
+    name = ("int8" if args.mode == "int8" else f"{args.mode}.g{args.groupsize}") + (f".e{args.early_exit}" if args.early_exit is not None else "")
+    out = args.checkpoint_path.with_name(f"{args.checkpoint_path.stem}_{name}.pth")
+    quantize_checkpoint(args.checkpoint_path, out, args.mode, args.groupsize, calibration, args.act_order, args.device, args.early_exit)
+    before, after = args.checkpoint_path.stat().st_size, out.stat().st_size
+    print(f"wrote {out}: {after / 1e9:.3f} GB, {after / before:.0%} of {args.checkpoint_path.name}")
 
 
 if __name__ == "__main__":
-    from quantize import main  # the module that model.py imports, and so the same classes
-    main()
+    run_command(main)

@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 from tokenizers.processors import TemplateProcessing
 
-from model import InputError
+from command import InputError
 
 # The pattern that both Llama 3's tokenizer.json and the model card of its tiktoken file print; data of that format.
 LLAMA3_PATTERN = (

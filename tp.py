@@ -20,12 +20,62 @@ import torch
 import torch.distributed as dist
 
 import kernels
-from model import InputError, run_command as run_alone
-from quantize import GROUPSIZES
+from command import InputError, run_command as run_alone
+from kernels.formats import GROUPSIZES
 
 TIMEOUT = timedelta(minutes=10)  # of a collective; what may take longer waits in `gather`
 FOREVER = timedelta(days=365)
 _failing = threading.Lock()
+
+
+# Collectives. They go by the name of the group, so that the compiler traces them and a CUDA graph records them.
+
+
+def gather(x, shard):
+    """x (...) of all processes, in the order of their ranks: (N, ...), the same on each."""
+    parts = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), shard.size, shard.group)
+    return torch.ops._c10d_functional.wait_tensor(parts).view(shard.size, *x.shape)
+
+
+def broadcast(x, shard):
+    """x of the first process, on each."""
+    return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.broadcast(x, 0, shard.group))
+
+
+def all_reduce(x, shard):
+    """The sum of all processes' x (..., D), the same on each. Few rows are added in the order of the ranks, as a library would add them in
+    one that depends on where in memory a number lies, and so on how many rows there are."""
+    if x.numel() > kernels.MAX_ROWS * x.shape[-1]:
+        return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(x, "sum", shard.group))
+    if shard.direct and x.device.type == "cuda" and x.dtype in (torch.float32, torch.bfloat16):
+        return torch.ops.layerskip.one_shot(x, shard.group)
+    return sum(gather(x, shard).float().unbind()).to(x.dtype)
+
+
+def all_gather(x, shard):
+    """All processes' parts x (..., V/N) of the logits, side by side: (..., V), the same on each."""
+    return gather(x, shard).movedim(0, -2).flatten(-2)
+
+
+@cache
+def shared_buffer(numel, dtype, device, group):
+    """A buffer (numel,) for each GPU that all of the group can read."""
+    from torch.distributed import _symmetric_memory as symmetric
+    buffer = symmetric.empty(numel, dtype=dtype, device=device)
+    symmetric.rendezvous(buffer, group)
+    return buffer
+
+
+@torch.library.custom_op("layerskip::one_shot", mutates_args=())
+def one_shot(x: torch.Tensor, group: str) -> torch.Tensor:
+    """`all_reduce` in one step on GPUs that read each other's memory: each reads all parts and adds them in the order of the ranks."""
+    buffer = shared_buffer(kernels.MAX_ROWS * x.shape[-1], x.dtype, x.device, group)
+    return torch.ops.symm_mem.one_shot_all_reduce_copy(buffer[:x.numel()].view(x.shape), x.contiguous(), "sum", group)
+
+
+@one_shot.register_fake
+def _(x, group):
+    return torch.empty_like(x)
 
 
 @dataclass
@@ -90,10 +140,10 @@ class Shard:
             width = part(c.intermediate_size // unit)  # as even as may be
             attention.heads, attention.kv_heads = c.n_head // n, max(1, c.n_kv_head // n)
             attention.wqkv.keep(rows=qkv)
-            attention.wo.keep(columns=span(heads, C), combine=partial(kernels.all_reduce, shard=self))
+            attention.wo.keep(columns=span(heads, C), combine=partial(all_reduce, shard=self))
             ffn.w13.keep(rows=[span(width, unit), span(width, unit, c.intermediate_size)])
-            ffn.w2.keep(columns=span(width, unit), combine=partial(kernels.all_reduce, shard=self))
-        whole.head.keep(rows=[part(c.vocab_size)], combine=partial(kernels.all_gather, shard=self))
+            ffn.w2.keep(columns=span(width, unit), combine=partial(all_reduce, shard=self))
+        whole.head.keep(rows=[part(c.vocab_size)], combine=partial(all_gather, shard=self))
 
     def fail(self, why):
         """End this process, and with it all of them. why: as for sys.exit; only the first to fail says it."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import InputError
+from command import InputError
 
 CALIBRATION_TOKENS, CALIBRATION_K = 64, 6  # of the text that `calibrate` decodes, and the longest draft that it considers
 

@@ -20,8 +20,10 @@ from tqdm import tqdm
 import kernels
 import tasks
 from generate import Decoder, acceptance, load, peak_memory_gb
-from model import InputError, ModelConfig, RMSNorm, check_writable, empty_model, run_command
-from quantize import Linear
+from checkpoint import empty_model
+from command import InputError, check_writable, run_command
+from model import ModelConfig, RMSNorm
+from model import Linear
 
 # vocab_size, dim, n_layer, n_head, n_kv_head, head_dim, intermediate_size, context, tied
 SHAPES = {

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from model import InputError, check_memory, run_command
+from command import InputError, check_memory, run_command
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 FLOATS = ("F32", "F16", "BF16")  # the kinds that aren't quantized

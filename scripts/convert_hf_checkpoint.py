@@ -12,7 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from tqdm import tqdm
 
-from model import ROPE_SCALING, InputError, ModelConfig, check_memory, run_command, saved
+from checkpoint import saved
+from command import InputError, check_memory, run_command
+from model import ROPE_SCALING, ModelConfig
 from tokenizer import Tokenizer, read_object
 
 # Ours <- theirs, within a layer; several sources are stacked along the rows.

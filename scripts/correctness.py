@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 import tasks
 from generate import Decoder, load
-from model import check_writable, load_model, run_command
+from checkpoint import load_model
+from command import check_writable, run_command
 
 P_VALUE = 1e-3  # a sampled check of the whole grid fails by chance this often
 

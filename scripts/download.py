@@ -9,7 +9,7 @@ from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, HfHubHTT
                                     RepositoryNotFoundError)
 from huggingface_hub.utils.logging import set_verbosity_error
 
-from model import InputError, run_command
+from command import InputError, run_command
 
 HTTPError = HfHubHTTPError.__bases__[0]  # of whichever HTTP library huggingface_hub uses: unreachable hosts raise it too
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"

@@ -19,7 +19,7 @@ import torch
 
 import tasks
 from generate import CHECKPOINTS, Decoder, Sampling, load
-from model import InputError, check_writable, run_command
+from command import InputError, check_writable, run_command
 from train import LayerSkipLoss, evaluate
 
 def plot(path, rows, title):

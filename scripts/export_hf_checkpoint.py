@@ -9,7 +9,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from huggingface_hub import save_torch_state_dict
 
 from convert_hf_checkpoint import tensor_names
-from model import InputError, ModelConfig, check_state, read_state, run_command
+from checkpoint import load_config, check_state, read_state
+from command import InputError, run_command
 from tokenizer import Tokenizer
 
 
@@ -18,7 +19,7 @@ def export(path, out):
     path, out = Path(path), Path(out)
     if out.exists():
         raise InputError(f"--out {out}: exists already; name a new folder")
-    state, config = read_state(path), ModelConfig.load(path.with_suffix(".json"))
+    state, config = read_state(path), load_config(path.with_suffix(".json"))
     if config.quantization:
         raise InputError(f"--checkpoint_path {path}: is quantized ({config.quantization}); export the checkpoint that it was made from")
     check_state(state, config, path)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import tasks
 from generate import Ending, Sampling, run_sample
-from model import InputError
+from command import InputError
 
 GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}  # what a task may ask of generated text
 

@@ -7,7 +7,6 @@ With --predict the whole grid is predicted from one pass over the model's own te
 the three cells that look best are then measured, and prediction and measurement are compared on every cell that FILE.jsonl has.
 """
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -21,7 +20,7 @@ from tqdm import tqdm
 import tasks
 import tune
 from generate import Decoder, acceptance, load
-from model import InputError, check_writable, run_command
+from command import InputError, check_writable, run_command
 
 
 def measure(plain, decoder, prompts, tokens, repeats):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from generate import CHECKPOINTS, Sampling
-from model import InputError, check_device
+from command import InputError, check_device
 
 FILE_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}  # what `datasets` calls the formats
 LM_WORDS = 100  # of an article, that cnn_dm_lm continues

@@ -6,7 +6,6 @@ torchrun, where each has a copy of the model or, with --fsdp, a part of it. Ends
 import argparse
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -26,7 +25,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
-from model import InputError, ModelConfig, Transformer, check_device, load_model, read_state, save_checkpoint
+from checkpoint import load_model, read_state, save_checkpoint
+from command import InputError, check_device
+from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 from tp import run_command, start
 

@@ -12,7 +12,7 @@ from test_tokenizer import CHATML, FAST, LLAMA, TOOLS, byte_level, spm, spm_deco
 import generate
 from convert_hf_checkpoint import convert
 from generate import Conversation, Decoder, Ending, run_sample
-from model import ModelConfig, load_model
+from checkpoint import load_config, load_model
 from tokenizer import Tokenizer
 
 PROMPTS = ["def f(self):", " return  x\n"]
@@ -177,7 +177,7 @@ def test_folders_give_transformers_answer(name, tmp_path):
 
 def test_a_head_of_its_own_is_said(tmp_path, capsys):
     tied_with_a_head(tmp_path)
-    assert not ModelConfig.load(convert(tmp_path).with_suffix(".json")).tied
+    assert not load_config(convert(tmp_path).with_suffix(".json")).tied
     assert capsys.readouterr().out.count("the file has a head of its own, which is taken") == 1
 
 

@@ -15,7 +15,9 @@ import generate
 import kernels
 import model as engine
 from generate import Decoder, DraftDisplay, Sampling, Stats, Text, accept, acceptance, draw
-from model import InputError, ModelConfig, Transformer, load_model
+from checkpoint import load_model
+from command import InputError
+from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
 PROMPT = [1, 17, 60, 33, 25, 8]

@@ -15,7 +15,7 @@ from safetensors import safe_open
 import convert_gguf
 import smollm2
 from convert_gguf import convert
-from model import InputError, run_command
+from command import InputError, run_command
 
 SHAPE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              head_dim=16, vocab_size=300, max_position_embeddings=96, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2)

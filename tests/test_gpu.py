@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from generate import Decoder, Sampling
-from model import load_model
+from checkpoint import load_model
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU here: the real CUDA graph of a round is not tested", allow_module_level=True)

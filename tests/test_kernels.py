@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-import kernels
+from kernels import cpu, cuda, formats
 from model import ModelConfig, Transformer
 
 ROWS = [*range(1, 10), 16]
@@ -14,7 +14,7 @@ ROWS = [*range(1, 10), 16]
 
 @pytest.fixture(autouse=True)
 def built():
-    assert kernels.prepare(), "the C++ kernels must build where the tests run"
+    assert cpu.prepare(), "the C++ kernels must build where the tests run"
     with torch.inference_mode():
         yield
 
@@ -38,7 +38,7 @@ def test_linear(m, n, k, dtype):
 def test_int8_linear(m, n, k, dtype):
     g = torch.Generator().manual_seed(m * n + k)
     x, w = torch.randn(1, m, k, generator=g).to(dtype), torch.randn(n, k, generator=g)
-    q, scale = kernels.int8_rows(w)
+    q, scale = formats.int8_rows(w)
     assert q.dtype == torch.int8 and ((q.double() * scale[:, None].double() - w.double()).abs() <= scale[:, None] * 0.5001).all()
     y, dequantized = torch.ops.layerskip.linear(x, q, scale), q.double() * scale.double()[:, None]
     exact = x.double() @ dequantized.T
@@ -146,7 +146,7 @@ GPU, HALF = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", t
 
 @pytest.fixture
 def triton():
-    assert kernels.triton, "Triton must be installed where the tests run"
+    assert cuda.triton, "Triton must be installed where the tests run"
 
 
 def alone(f, m):
@@ -163,11 +163,11 @@ def alone(f, m):
 def test_gpu_linear(m, n, k, dtype, triton):
     g = torch.Generator().manual_seed(m * n + k)
     x, w = torch.randn(1, m, k, generator=g).to(dtype), torch.randn(n, k, generator=g).to(dtype)
-    q, scale = kernels.int8_rows(w)
+    q, scale = formats.int8_rows(w)
     for weight, factor, exact_weight in ((w, None, w.double()), (q, scale, q.double() * scale.double()[:, None])):
         exact = x.double() @ exact_weight.T
         bound = x.double().abs() @ exact_weight.abs().T * (k + 1) * 2**-23 + exact.abs() * torch.finfo(dtype).eps
-        y = alone(lambda rows: kernels.gpu_linear(x[:, rows].to(GPU), weight.to(GPU), None if factor is None else factor.to(GPU)), m)
+        y = alone(lambda rows: cuda.linear(x[:, rows].to(GPU), weight.to(GPU), None if factor is None else factor.to(GPU)), m)
         assert y.shape == (1, m, n) and y.dtype == dtype and ((y.double() - exact).abs() <= bound + 1e-30).all()
 
 
@@ -179,7 +179,7 @@ def test_gpu_attend(heads, kv_heads, c, t, last, dtype, triton):
     k, v = (torch.randn(2, kv_heads, 600, c, generator=g).to(dtype) for _ in "kv")
     k[:, :, last + 1:], v[:, :, last + 1:] = torch.nan, torch.nan  # garbage that must not be read
     pos = torch.arange(last - t + 1, last + 1)
-    y = alone(lambda rows: kernels.gpu_attend(q[:, rows].to(GPU), k.to(GPU), v.to(GPU), pos[rows].to(GPU)), t)
+    y = alone(lambda rows: cuda.attend(q[:, rows].to(GPU), k.to(GPU), v.to(GPU), pos[rows].to(GPU)), t)
     for i in range(t):
         keys, values = (x[:, :, :pos[i] + 1].double().repeat_interleave(heads // kv_heads, 1) for x in (k, v))
         probs = (torch.einsum("bhc,bhsc->bhs", q[:, i].double(), keys) / c ** 0.5).softmax(-1)
@@ -190,21 +190,21 @@ def test_gpu_attend(heads, kv_heads, c, t, last, dtype, triton):
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_gpu_norm(dtype, triton):
     x, w = torch.randn(1, 5, 100).to(dtype), torch.randn(100).to(dtype)
-    y = alone(lambda rows: kernels.gpu_norm(x[:, rows].to(GPU), w.to(GPU), 1e-5), 5)
+    y = alone(lambda rows: cuda.norm(x[:, rows].to(GPU), w.to(GPU), 1e-5), 5)
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * w.double()
     torch.testing.assert_close(y.double(), exact, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-6)
 
 
 def test_says_so_without_a_compiler(tmp_path):
     """No compiler: a warning, once, and the same numbers from plain PyTorch."""
-    code = ("import torch, kernels, warnings\n"
+    code = ("import torch, kernels, warnings\nfrom kernels import cpu, formats\n"
             "with torch.inference_mode(), warnings.catch_warnings(record=True) as seen:\n"
             "    warnings.simplefilter('always')\n"
-            "    assert not kernels.prepare() and not kernels.prepare()\n"
+            "    assert not cpu.prepare() and not cpu.prepare()\n"
             "    assert len(seen) == 1 and 'slower' in str(seen[0].message), seen\n"
             "    x, w = torch.ones(1, 2, 8), torch.ones(3, 8)\n"
             "    assert kernels.linear(x, w).eq(8).all() and kernels.linear(x, w).shape == (1, 2, 3)\n"
-            "    assert kernels.linear(x, *kernels.int8_rows(w)).allclose(torch.tensor(8.))\n"
+            "    assert kernels.linear(x, *formats.int8_rows(w)).allclose(torch.tensor(8.))\n"
             "    q, cache = torch.ones(1, 2, 4, 8), torch.arange(6.)[:, None].expand(1, 2, 6, 8)\n"
             "    assert kernels.attend(q, 0 * cache, cache, torch.tensor([2, 4])).allclose(torch.tensor([1., 2.])[:, None, None])\n")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={"CXX": str(tmp_path / "none"), "XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},

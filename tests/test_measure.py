@@ -17,7 +17,8 @@ import sweep
 import tasks
 import tune
 from generate import Decoder, Sampling
-from model import InputError, load_model
+from checkpoint import load_model
+from command import InputError
 
 DEMO = str(ROOT / "checkpoints" / "demo" / "model.pth")
 PNG = b"\x89PNG\r\n\x1a\n"

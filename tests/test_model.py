@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from convert_hf_checkpoint import convert
 from export_hf_checkpoint import export
-from model import InputError, ModelConfig, load_model
+from checkpoint import load_config, load_model
+from command import InputError
 
 SHAPES = list(FAMILY)
 
@@ -114,19 +115,19 @@ def test_rope_in_both_spellings(scaling, hf_folder, tmp_path):
     shutil.copytree(folder, old)
     edit_json(new / "config.json", rope_parameters=dict(scaling or dict(rope_type="default"), rope_theta=5e5))
     edit_json(old / "config.json", rope_parameters=None, rope_theta=5e5, rope_scaling=scaling)
-    configs = [ModelConfig.load(convert(f).with_suffix(".json")) for f in (new, old)]
+    configs = [load_config(convert(f).with_suffix(".json")) for f in (new, old)]
     assert configs[0].rope_theta == configs[1].rope_theta == 5e5
     assert configs[0].rope_scaling == configs[1].rope_scaling
     assert (configs[0].rope_scaling is None) == (scaling is None)
 
 
 def test_special_tokens_come_from_the_files(hf_folder, checkpoint, tmp_path):
-    assert ModelConfig.load(checkpoint("llama3").with_suffix(".json")).eos_ids == (5, 7)
-    assert ModelConfig.load(checkpoint("llama2").with_suffix(".json")).eos_ids == (2,)
+    assert load_config(checkpoint("llama3").with_suffix(".json")).eos_ids == (5, 7)
+    assert load_config(checkpoint("llama2").with_suffix(".json")).eos_ids == (2,)
     folder, _ = hf_folder("llama2")
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
-    config = ModelConfig.load(convert(tmp_path / "copy").with_suffix(".json"))
+    config = load_config(convert(tmp_path / "copy").with_suffix(".json"))
     assert config.eos_ids == (3, 4) and config.bos_id == 1
 
 

@@ -12,9 +12,11 @@ import torch
 from conftest import ROOT, make_hf_model, write_tokenizer
 
 import kernels
+from kernels import cpu, cuda, formats
 import quantize as q
 from generate import Decoder, Sampling
-from model import InputError, ModelConfig, load_model, save_checkpoint
+from checkpoint import load_config, load_model, save_checkpoint
+from command import InputError
 
 
 @pytest.fixture(scope="module")
@@ -68,19 +70,19 @@ def test_int4_round_trip(groupsize):
     step = scale.double().repeat_interleave(groupsize, 1)
     # half a step, and what the rounding of scale and zero to 8 bits cuts off at the ends of the range
     assert ((exact - w.double()).abs() <= step * 0.5 + 2**-8 * (8 * step + zero.double().abs().repeat_interleave(groupsize, 1))).all()
-    assert (kernels.dequantize(weight, scale, zero, torch.float32).double() - exact).abs().max() <= 1e-6 * exact.abs().max()
+    assert (formats.dequantize(weight, scale, zero, torch.float32).double() - exact).abs().max() <= 1e-6 * exact.abs().max()
 
 
 def test_constant_groups_survive():
     w = torch.tensor([[0.0] * 32 + [3.0] * 32])
-    assert torch.allclose(kernels.dequantize(*q.int4_groups(w, 32), torch.float32), w, atol=1e-6)
+    assert torch.allclose(formats.dequantize(*q.int4_groups(w, 32), torch.float32), w, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n,k,groupsize", [(1, 32, 32), (33, 96, 32), (130, 320, 64), (40, 512, 256)])
 @pytest.mark.parametrize("m", [*range(1, 10), 16, 20])
 def test_int4_linear(m, n, k, groupsize, dtype):
-    assert kernels.prepare()
+    assert cpu.prepare()
     g = torch.Generator().manual_seed(m * n + k)
     x, tensors = torch.randn(1, m, k, generator=g).to(dtype), q.int4_groups(torch.randn(n, k, generator=g), groupsize)
     w = exact_int4(*tensors)
@@ -96,13 +98,13 @@ def test_int4_linear(m, n, k, groupsize, dtype):
 
 @pytest.mark.parametrize("m,n,k,groupsize", [(1, 7, 64, 32), (5, 40, 320, 64), (16, 33, 512, 256)])
 def test_gpu_int4_linear(m, n, k, groupsize):
-    assert kernels.triton, "Triton must be installed where the tests run"
+    assert cuda.triton, "Triton must be installed where the tests run"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     g = torch.Generator().manual_seed(k)
     x, tensors = torch.randn(1, m, k, generator=g), q.int4_groups(torch.randn(n, k, generator=g), groupsize)
     w = exact_int4(*tensors)
     with torch.inference_mode():
-        y = kernels.gpu_linear(x.to(device), *(t.to(device) for t in tensors)).cpu()
+        y = cuda.linear(x.to(device), *(t.to(device) for t in tensors)).cpu()
     assert ((y.double() - x.double() @ w.T).abs() <= x.double().abs() @ w.abs().T * (k + 8) * 2**-23).all()
 
 
@@ -125,7 +127,7 @@ def test_gptq_with_uncorrelated_inputs_is_rounding():
 def test_the_file_holds_what_the_format_says(quantized, checkpoint_path, mode):
     """Logits of the quantized model equal those of the unquantized one with every matrix replaced by its dequantized self."""
     path = quantized(mode)
-    config = ModelConfig.load(path.with_suffix(".json"))
+    config = load_config(path.with_suffix(".json"))
     assert (config.quantization, config.groupsize) == (mode.split("-")[0], None if mode == "int8" else 32)
     state, model, plain = torch.load(path, weights_only=True), load_model(path), load_model(checkpoint_path)
     for name, weight in plain.named_parameters():

@@ -11,7 +11,7 @@ from conftest import ROOT
 from huggingface_hub import errors
 
 import download
-from model import InputError
+from command import InputError
 
 
 def http_error(kind, status, message="message"):
@@ -60,9 +60,10 @@ def test_the_documented_commands_run_word_for_word(hf_folder, tmp_path):
     """In a copy of the repository, where checkpoints/facebook/layerskip-llama2-7B is already downloaded (here: tiny)."""
     copy = tmp_path / "copy"
     copy.mkdir()
-    for name in ("model.py", "kernels.py", "kernels.cpp", "quantize.py", "tp.py", "generate.py", "tokenizer.py", "tune.py"):
+    for name in ("model.py", "checkpoint.py", "command.py", "quantize.py", "tp.py", "generate.py", "tokenizer.py", "tune.py"):
         shutil.copy(ROOT / name, copy)
     shutil.copytree(ROOT / "scripts", copy / "scripts")
+    shutil.copytree(ROOT / "kernels", copy / "kernels")
     source, _ = hf_folder("llama2")
     repo = copy / "checkpoints" / "facebook" / "layerskip-llama2-7B"
     shutil.copytree(source, repo, ignore=shutil.ignore_patterns("model.pth", "model.json"))

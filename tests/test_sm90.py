@@ -36,7 +36,7 @@ def compile_all():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    import kernels
+    from kernels import cuda
     from benchmark import SHAPES
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     done = set()
@@ -44,7 +44,7 @@ def compile_all():
     class Compiler:
         """Takes a kernel's place: a launch compiles it."""
         def __init__(self, name):
-            self.kernel, self.name = getattr(kernels, name), name
+            self.kernel, self.name = getattr(cuda, name), name
 
         def __getitem__(self, grid):
             return self.launch
@@ -76,19 +76,19 @@ def compile_all():
 
     NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8", torch.int64: "i64"}
     for name in ("linear_kernel", "attend_kernel", "combine_kernel", "norm_kernel"):
-        setattr(kernels, name, Compiler(name))
+        setattr(cuda, name, Compiler(name))
     make = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="meta")
     for name in ("llama3.2-1B", "llama2-7B", "llama3-8B", "llama2-70B"):
         _, dim, _, heads, kv_heads, width, ffn, *_ = SHAPES[name]
         for n, k in (((heads + 2 * kv_heads) * width, dim), (dim, heads * width), (2 * ffn, dim), (dim, ffn)):
             x = make(1, 8, k)
-            kernels.gpu_linear(x, make(n, k))
-            kernels.gpu_linear(x, make(n, k, dtype=torch.int8), make(n, dtype=torch.float32))
+            cuda.linear(x, make(n, k))
+            cuda.linear(x, make(n, k, dtype=torch.int8), make(n, dtype=torch.float32))
             for groupsize in (32, 128, 256):
-                kernels.gpu_linear(x, make(n, k // 2, dtype=torch.uint8), *(make(n, k // groupsize) for _ in "sz"))
+                cuda.linear(x, make(n, k // 2, dtype=torch.uint8), *(make(n, k // groupsize) for _ in "sz"))
         cache = make(1, kv_heads, 4096, width)
-        kernels.gpu_attend(make(1, 8, heads, width), cache, cache, make(8, dtype=torch.int64))
-        kernels.gpu_norm(make(1, 8, dim), make(dim), 1e-5)
+        cuda.attend(make(1, 8, heads, width), cache, cache, make(8, dtype=torch.int64))
+        cuda.norm(make(1, 8, dim), make(dim), 1e-5)
 
 
 if __name__ == "__main__":

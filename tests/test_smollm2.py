@@ -12,7 +12,7 @@ import generate
 import smollm2
 from convert_hf_checkpoint import convert
 from generate import Conversation, Decoder, Ending, run_sample
-from model import InputError
+from command import InputError
 
 NEW_TOKENS = 64
 TEXTS = {

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from generate import Text
-from model import InputError
+from command import InputError
 from tokenizer import Tokenizer
 
 CORPUS = [

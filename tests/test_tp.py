@@ -22,7 +22,9 @@ import generate
 import kernels
 import tp
 from generate import Decoder, Sampling
-from model import InputError, ModelConfig, load_model, save_checkpoint
+from checkpoint import load_model, save_checkpoint
+from command import InputError
+from model import ModelConfig
 
 SHAPES = ["llama2", "codellama", "llama3", "llama3.2", "uneven", "tiny"]
 WORLDS = [2, 4]

@@ -5,14 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from conftest import ROOT
 
 import train
-from model import InputError, load_model
+from checkpoint import load_model
+from command import InputError
 
 TINY = ["--n_layer", "4", "--dim", "32", "--n_head", "2", "--intermediate_size", "48", "--context", "32", "--batch_size", "4", "--vocab_size", "300",
         "--warmup", "2", "--device", "cpu", "--precision", "float32", "--save_precision", "float32", "--val_fraction", "0.2"]
