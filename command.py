@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,9 +13,20 @@ class InputError(ValueError):
     """Something the user gave is wrong; the message is the one line to show them."""
 
 
-def run_command(main):
-    """Run a command's `main()`; bad input ends in one line on stderr and exit code 1, Ctrl-C in 130, SIGTERM in 143."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clears away what is half-written
+def first_line(error: BaseException, otherwise: str) -> str:
+    """The first line of an error's message; `otherwise` if it has none."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else otherwise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the CPU or a GPU. PyTorch's allocator on the CPU raises a RuntimeError that only its text tells apart."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's `main()`. Bad input ends in one line on stderr and exit code 1, Ctrl-C in 130, SIGTERM in 143."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that half-written files are removed
     try:
         main()
     except InputError as error:
@@ -22,38 +34,48 @@ def run_command(main):
     except OSError as error:
         sys.exit(f"error: {error.filename or 'input or output'}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             sys.exit("error: out of memory: take a smaller model, fewer --max_new_tokens, or a lower --precision")
         raise
     except ModuleNotFoundError as error:
-        sys.exit(f"error: the package {error.name} is missing: pip install -r requirements.txt, and for scripts/ -r scripts/requirements.txt")
+        how = "pip install -r requirements.txt, and for scripts/ -r scripts/requirements.txt"
+        sys.exit(f"error: the package {error.name} is missing: {how}")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def check_memory(nbytes, device, what):
-    """Raise InputError if `nbytes` more, for `what`, are not free on the device, where the system tells."""
-    device = torch.device(device)
+def free_memory(device: torch.device) -> int | None:
+    """Free bytes on the device, or None if the system doesn't tell."""
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif Path("/proc/meminfo").is_file():
-        free = next((int(line.split()[1]) * 1024 for line in open("/proc/meminfo") if line.startswith("MemAvailable")), nbytes)
-    else:
-        return
-    if nbytes > free:
+        return torch.cuda.mem_get_info(device)[0]
+    if Path("/proc/meminfo").is_file():
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable"):
+                    return int(line.split()[1]) * 1024
+    return None
+
+
+def check_memory(nbytes: int, device: str | torch.device, what: str) -> None:
+    """Raise InputError if `nbytes` more, for `what`, are not free on the device. Passes if the system doesn't tell."""
+    device = torch.device(device)
+    free = free_memory(device)
+    if free is not None and nbytes > free:
         raise InputError(f"{what} needs {nbytes / 1e9:.2f} GB, but {device} has only {free / 1e9:.2f} GB free")
 
 
-def check_device(device):
+def check_device(device: str) -> None:
     """Raise InputError unless tensors can be put on the device."""
     try:
         torch.zeros(1, device=device).item()
     except Exception as error:  # each kind of device has errors of its own
-        raise InputError(f"--device {device}: not available here ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+        reason = first_line(error, type(error).__name__)
+        raise InputError(f"--device {device}: not available here ({reason})") from None
 
 
-def check_writable(option, path):
+def check_writable(option: str, path: str | Path) -> None:
     """Raise InputError unless a file can be written at `path`, which is left as it was. For results that come late."""
     path = Path(path)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    target = path if path.exists() else path.parent
+    if path.is_dir() or not path.parent.is_dir() or not os.access(target, os.W_OK):
         raise InputError(f"{option} {path}: can't be written; name a file in an existing, writable folder")

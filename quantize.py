@@ -1,200 +1,346 @@
 """The command that quantizes a checkpoint's weights, to the nearest value or by GPTQ.
 
-Quantized are the matrices of the layers and the head, which is int8 in either mode: every token reads all of it, and the choice of the
-token is most sensitive to it. The embedding, of which a token reads one row, and the norms stay as they are; where the head is
-tied to the embedding, it becomes an int8 copy.
+Quantized are the matrices of the layers and the head. The head is int8 in either mode: every token reads all of it, and
+the choice of the token is most sensitive to it. The norms stay as they are, and so does the embedding, of which a token
+reads one row. Where the head is tied to the embedding, it becomes an int8 copy.
 """
 
 import argparse
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import check_state, expected_tensors, load_config, read_state, release, saved
 from command import InputError, check_device, run_command
 from kernels.formats import GROUPSIZES, dequantize, int4_groups, int4_range, int4_round, int8_rows, pack
-from model import Block, Linear, Transformer
+from model import Block, Linear, ModelConfig, Transformer
 from tokenizer import Tokenizer
 
+State = dict[str, Tensor]
+Inputs = list[tuple[Tensor, tuple]]  # for each text what Block takes: hidden states (1, T, D) and Transformer.positions
 
-def gptq(w, hessian, groupsize, act_order=False, damp=0.01):
-    """w (N, K) as (weight, scale, zero) in int4, rounded column by column, each column's error made up for by those that follow
-    (Frantar et al. 2210.17323, its Cholesky form).
 
-    hessian: (K, K), the sum of x x^T over calibration inputs x. act_order: columns in the order of their weight in the
-    Hessian, the ranges of the groups fixed beforehand; otherwise in their own order, each range chosen when its turn comes.
+def inverse_factor(hessian: Tensor, order: Tensor) -> Tensor:
+    """The upper Cholesky factor of the inverse of a Hessian (K, K), its columns in this order (K,)."""
+    ordered = hessian[order][:, order]
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(ordered)), upper=True)
+
+
+def gptq(
+    w: Tensor, hessian: Tensor, groupsize: int, act_order: bool = False, damp: float = 0.01
+) -> tuple[Tensor, Tensor, Tensor]:
+    """w (N, K) as (weight, scale, zero) in int4, rounded column by column (Frantar et al. 2210.17323, Cholesky form).
+
+    Each column's error is made up for by the columns that follow. hessian: (K, K), the sum of x x^T over calibration
+    inputs x. act_order: take the columns in the order of their weight in the Hessian, with the ranges of the groups
+    fixed beforehand; otherwise in their own order, each range chosen when its turn comes.
     """
-    w, hessian = w.float().clone(), hessian.float().clone()
-    dead = hessian.diagonal() == 0  # inputs that never occurred
-    hessian.diagonal()[dead] = 1
-    hessian.diagonal().add_(damp * hessian.diagonal().mean())
-    order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(w.shape[1], device=w.device)
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order])), upper=True)
+    w = w.float().clone()
+    hessian = hessian.float().clone()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1  # inputs that never occurred
+    diagonal.add_(damp * diagonal.mean())
+    order = torch.arange(w.shape[1], device=w.device)
+    if act_order:
+        order = diagonal.argsort(descending=True)
+    inverse = inverse_factor(hessian, order)
     scale, zero = int4_range(w.unflatten(1, (-1, groupsize)))
     q = torch.empty_like(w, dtype=torch.uint8)
     w = w[:, order]
     for start in range(0, w.shape[1], groupsize):  # a block at a time: the columns beyond it are updated once
-        columns = slice(start, start + groupsize)
+        end = start + groupsize
         if not act_order:
-            scale[:, start // groupsize], zero[:, start // groupsize] = int4_range(w[:, columns])
-        errors = torch.empty_like(w[:, columns])
-        for i in range(start, start + groupsize):
+            g = start // groupsize
+            scale[:, g], zero[:, g] = int4_range(w[:, start:end])
+        errors = torch.empty_like(w[:, start:end])
+        for i in range(start, end):
             group = order[i] // groupsize
-            s, z = scale[:, group].float(), zero[:, group].float()
-            q[:, order[i]] = int4_round(w[:, i], s, z)
-            error = (w[:, i] - ((q[:, order[i]].float() - 8) * s + z)) / inverse[i, i]
-            w[:, i:start + groupsize] -= error[:, None] * inverse[i, i:start + groupsize]
+            s = scale[:, group].float()
+            z = zero[:, group].float()
+            rounded = int4_round(w[:, i], s, z)
+            q[:, order[i]] = rounded
+            error = (w[:, i] - ((rounded.float() - 8) * s + z)) / inverse[i, i]
+            w[:, i:end] -= error[:, None] * inverse[i, i:end]
             errors[:, i - start] = error
-        w[:, start + groupsize:] -= errors @ inverse[columns, start + groupsize:]
+        w[:, end:] -= errors @ inverse[start:end, end:]
     return pack(q), scale, zero
 
 
-def quantize(w, quantization, groupsize, hessian=None, act_order=False):
-    """The tensors of a Linear {"weight", "scale", "zero"} for w (N, K), in the format that Linear chooses."""
+def quantize(
+    w: Tensor, quantization: str, groupsize: int, hessian: Tensor | None = None, act_order: bool = False
+) -> State:
+    """A Linear's "weight", "scale" and, for int4, "zero" for w (N, K), in the format that Linear chooses."""
     if quantization == "int8" or w.shape[1] % groupsize:
-        return dict(zip(("weight", "scale"), int8_rows(w)))
-    tensors = int4_groups(w, groupsize) if hessian is None else gptq(w, hessian, groupsize, act_order)
-    return dict(zip(("weight", "scale", "zero"), tensors))
+        weight, scale = int8_rows(w)
+        return {"weight": weight, "scale": scale}
+    if hessian is None:
+        weight, scale, zero = int4_groups(w, groupsize)
+    else:
+        weight, scale, zero = gptq(w, hessian, groupsize, act_order)
+    return {"weight": weight, "scale": scale, "zero": zero}
 
 
-def quantize_layer(state, config, groupsize, inputs, act_order):
-    """One layer by GPTQ. state: its tensors by their names in Block. inputs: a list of what Block takes for a text, its hidden
-    states (1, T, D) and positions.
+def observe(block: Block, linears: dict[str, Linear], inputs: Inputs) -> dict[str, Tensor]:
+    """The Hessian (K, K) of each of a block's Linears: the sum of x x^T over what it gets for the block's inputs."""
+    hessians: dict[str, Tensor] = {}
 
-    Returns the quantized tensors by their names; `inputs` are replaced by the quantized layer's outputs.
+    def hook(name: str) -> Callable:
+        def add(module: nn.Module, args: tuple) -> None:
+            x = args[0].flatten(0, 1)
+            hessians[name] = hessians.get(name, 0) + x.T @ x
+
+        return add
+
+    hooks = [module.register_forward_pre_hook(hook(name)) for name, module in linears.items()]
+    for x, positions in inputs:
+        block(x, *positions)
+    for handle in hooks:
+        handle.remove()
+    return hessians
+
+
+def quantize_layer(state: State, config: ModelConfig, groupsize: int, inputs: Inputs, act_order: bool) -> State:
+    """One layer by GPTQ. state: its tensors by their names in Block.
+
+    Returns the quantized tensors by their names. The `inputs` are replaced by the quantized layer's outputs.
     """
     block = Block(config).requires_grad_(False).to(inputs[0][0].device)
     block.load_state_dict({name: t.float() for name, t in state.items()})
-    hessians = {}
-
-    def observe(name):
-        def hook(module, args):
-            x = args[0].flatten(0, 1)
-            hessians[name] = hessians.get(name, 0) + x.T @ x
-        return hook
-
     linears = {name: module for name, module in block.named_modules() if isinstance(module, Linear)}
-    hooks = [module.register_forward_pre_hook(observe(name)) for name, module in linears.items()]
-    for x, positions in inputs:
-        block(x, *positions)
-    for hook in hooks:
-        hook.remove()
-    out = {}
+    hessians = observe(block, linears, inputs)
+    quantized = {}
     for name, module in linears.items():
         tensors = quantize(module.weight, "int4", groupsize, hessians[name], act_order)
-        out |= {f"{name}.{part}": t for part, t in tensors.items()}
+        for part, t in tensors.items():
+            quantized[f"{name}.{part}"] = t
         module.weight.copy_(dequantize(tensors["weight"], tensors["scale"], tensors.get("zero"), torch.float32))
     for i, (x, positions) in enumerate(inputs):
         inputs[i] = block(x, *positions), positions
-    return out
+    return quantized
+
+
+def round_layer(state: State, quantization: str, groupsize: int) -> State:
+    """One layer to the nearest value. Takes and returns what `quantize_layer` does."""
+    quantized = {}
+    for name, w in state.items():
+        if w.dim() == 2:  # not a norm
+            for part, t in quantize(w, quantization, groupsize).items():
+                quantized[f"{name.removesuffix('.weight')}.{part}"] = t
+    return quantized
+
+
+def layer_state(state: State, i: int) -> State:
+    """The tensors of layer i by their names in Block."""
+    prefix = f"layers.{i}."
+    return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+
+
+def quantized_config(
+    config: ModelConfig, quantization: str, groupsize: int, exit_layer: int | None, path: Path
+) -> ModelConfig:
+    """The description of the result for a checkpoint of this description. Raises InputError if it can't be made."""
+    if config.quantization:
+        advice = "give the checkpoint that it was made from"
+        raise InputError(f"--checkpoint_path {path}: is quantized already ({config.quantization}); {advice}")
+    if exit_layer is not None:
+        if not 1 <= exit_layer < config.n_layer:
+            depth = f"the model has {config.n_layer} layers, so 1 to {config.n_layer - 1} can be drafted with"
+            raise InputError(f"--early_exit {exit_layer}: {depth}")
+        config = replace(config, n_layer=exit_layer)
+    return replace(config, quantization=quantization, groupsize=groupsize if quantization == "int4" else None)
+
+
+def check_groupsize(wanted: State, groupsize: int, path: Path) -> None:
+    """For int4: print which matrices stay in int8. Raises InputError if all do. wanted: what the result will hold."""
+    coarse = set()  # matrices of a layer that are left in int8
+    fine = False  # whether there is any int4
+    for name, t in wanted.items():
+        if name.startswith("layers.") and t.dtype == torch.int8:
+            coarse.add(name.split(".", 2)[-1])
+        fine = fine or t.dtype == torch.uint8
+    if coarse and not fine:
+        advice = "take a smaller one, or --mode int8"
+        raise InputError(f"--groupsize {groupsize}: divides the width of no matrix of {path}; {advice}")
+    if coarse:
+        print(f"note: group size {groupsize} doesn't divide the width of {', '.join(sorted(coarse))}: left in int8")
+
+
+def first_inputs(state: State, config: ModelConfig, calibration: Sequence[Tensor], device: str) -> Inputs:
+    """What the first layer gets for each of the calibration texts, token ids (T,)."""
+    model = Transformer(replace(config, n_layer=1))  # for its embedding and positions
+    model.embed.load_state_dict({"weight": state["embed.weight"].float()})
+    model.to(device)
+    return [(model.embed(ids[None].to(device)), model.positions(len(ids), None)) for ids in calibration]
+
+
+def result_types(wanted: State, dtype: torch.dtype) -> State:
+    """The result's tensors: what is not quantized has the checkpoint's dtype; scales of int8 stay float32."""
+    tensors = {}
+    for name, t in wanted.items():
+        keep = t.dtype != torch.float32 or name.endswith("scale")
+        tensors[name] = t if keep else t.to(dtype)
+    return tensors
 
 
 @torch.inference_mode()
-def quantize_checkpoint(path, out, mode, groupsize, calibration=(), act_order=False, device="cpu", exit_layer=None):
-    """Write the quantized checkpoint `out` (and its description) of the checkpoint `path`, layer by layer, whole or not at all.
+def quantize_checkpoint(
+    path: Path,
+    out: Path,
+    mode: str,
+    groupsize: int,
+    calibration: Sequence[Tensor] = (),
+    act_order: bool = False,
+    device: str = "cpu",
+    exit_layer: int | None = None,
+) -> None:
+    """Write the quantized checkpoint `out`, and its description, of the checkpoint `path`: layer by layer.
 
-    mode: "int8", "int4" or "int4-gptq", which wants calibration, a list of token ids (T,), and computes on `device`. exit_layer: of a
-    model that ends there, to draft for the whole one. Raises InputError.
+    mode: "int8", "int4" or "int4-gptq", which wants calibration, a list of token ids (T,), and computes on `device`.
+    exit_layer: of a model that ends there, to draft for the whole one. The file is written whole or not at all. Raises
+    InputError.
     """
-    config, state = load_config(path.with_suffix(".json")), read_state(path)
+    config = load_config(path.with_suffix(".json"))
+    state = read_state(path)
     check_state(state, config, path)
-    if config.quantization:
-        raise InputError(f"--checkpoint_path {path}: is quantized already ({config.quantization}); give the checkpoint that it was made from")
-    if exit_layer is not None:
-        if not 1 <= exit_layer < config.n_layer:
-            raise InputError(f"--early_exit {exit_layer}: the model has {config.n_layer} layers, so 1 to {config.n_layer - 1} can be drafted with")
-        config = replace(config, n_layer=exit_layer)
     quantization = mode.split("-")[0]
-    new = replace(config, quantization=quantization, groupsize=groupsize if quantization == "int4" else None)
+    new = quantized_config(config, quantization, groupsize, exit_layer, path)
     wanted = expected_tensors(new)
-    coarse = sorted({name.split(".", 2)[-1] for name, t in wanted.items() if name.startswith("layers.") and t.dtype == torch.int8})
-    if quantization == "int4" and coarse:
-        if not any(t.dtype == torch.uint8 for t in wanted.values()):
-            raise InputError(f"--groupsize {groupsize}: divides the width of no matrix of {path}; take a smaller one, or --mode int8")
-        print(f"note: group size {groupsize} doesn't divide the width of {', '.join(coarse)}: left in int8")
-    dtype = state["embed.weight"].dtype
-
+    if quantization == "int4":
+        check_groupsize(wanted, groupsize, path)
     inputs = []
     if mode == "int4-gptq":
-        whole = Transformer(replace(config, n_layer=1))  # for its embedding and positions
-        whole.embed.load_state_dict({"weight": state["embed.weight"].float()})
-        whole.to(device)
-        inputs = [(whole.embed(ids[None].to(device)), whole.positions(len(ids), None)) for ids in calibration]
-
-    def layer_state(i):
-        prefix = f"layers.{i}."
-        return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-
-    with saved(out, {name: t.to(dtype) if t.dtype == torch.float32 and not name.endswith("scale") else t for name, t in wanted.items()}, new) as result:
-        for i in tqdm(range(config.n_layer), desc=mode, unit="layer", disable=None):
-            tensors, matrices = layer_state(i), {}
+        inputs = first_inputs(state, config, calibration, device)
+    float_config = replace(new, quantization=None, groupsize=None)
+    with saved(out, result_types(wanted, state["embed.weight"].dtype), new) as result:
+        for i in tqdm(range(new.n_layer), desc=mode, unit="layer", disable=None):
+            tensors = layer_state(state, i)
             if inputs:
-                matrices = quantize_layer(tensors, config, groupsize, inputs, act_order)
-            for name, t in tensors.items():
-                linear = name.removesuffix(".weight")
-                if f"layers.{i}.{linear}.scale" not in wanted:
-                    matrices[name] = t
-                elif not inputs:
-                    matrices |= {f"{linear}.{part}": q for part, q in quantize(t, quantization, groupsize).items()}
-            for name, t in matrices.items():
+                matrices = quantize_layer(tensors, float_config, groupsize, inputs, act_order)
+            else:
+                matrices = round_layer(tensors, quantization, groupsize)
+            for name, t in (tensors | matrices).items():
                 result[f"layers.{i}.{name}"].copy_(t)
             for t in tensors.values():
                 release(t)
-        for part, t in quantize(state["embed.weight" if config.tied else "head.weight"], "int8", None).items():
-            result[f"head.{part}"].copy_(t)
+        head = state["embed.weight" if config.tied else "head.weight"]
+        weight, scale = int8_rows(head)
+        result["head.weight"].copy_(weight)
+        result["head.scale"].copy_(scale)
         for name in ("embed.weight", "norm.weight"):
             result[name].copy_(state[name])
 
 
-def calibration_windows(path, tokenizer, config, length, count):
-    """Token ids [(T,), ...] of a text file, or of the prompts and references of a JSONL file: `count` windows of `length`, evenly spread."""
+def calibration_text(path: Path) -> str:
+    """A text file, or the prompts and references of a JSONL file. Raises InputError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        if Path(path).suffix == ".jsonl":
-            text = "\n".join(row["prompt"] + (row.get("reference") or "") for row in map(json.loads, filter(str.strip, text.split("\n"))))
+        text = path.read_text(encoding="utf-8")
+        if path.suffix != ".jsonl":
+            return text
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        return "\n".join(row["prompt"] + (row.get("reference") or "") for row in rows)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"--calibration {path}: not UTF-8 text, or not JSON objects with a 'prompt'") from None
     except OSError as error:
         raise InputError(f"--calibration {path}: can't be read ({error.strerror})") from None
-    ids = torch.tensor(tokenizer.encode(text, special=False))
+
+
+def calibration_windows(
+    path: str | Path, tokenizer: Tokenizer, config: ModelConfig, length: int, count: int
+) -> list[Tensor]:
+    """Token ids (T,) of `count` windows of `length`, evenly spread over the text that `calibration_text` reads."""
+    ids = torch.tensor(tokenizer.encode(calibration_text(Path(path)), special=False))
     length = min(length, config.context)
     if len(ids) < 2 * length:
         raise InputError(f"--calibration {path}: has {len(ids)} tokens; at least {2 * length} are needed")
     count = min(count, len(ids) // length)
-    return [ids[start:start + length] for start in torch.linspace(0, len(ids) - length, count).long()]
+    starts = torch.linspace(0, len(ids) - length, count).long()
+    return [ids[start : start + length] for start in starts]
 
 
-def main():
-    p = argparse.ArgumentParser(description="Quantize a checkpoint's weights. The result lies beside it, and generate.py takes it as any other.")
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(
+        description="Quantize a checkpoint's weights. The result lies beside it, and generate.py takes it as any other."
+    )
     p.add_argument("--checkpoint_path", type=Path, required=True, help="model.pth of a prepared checkpoint")
-    p.add_argument("--mode", choices=["int8", "int4", "int4-gptq"], default="int8", help="int4-gptq calibrates on a text (default: %(default)s)")
-    p.add_argument("--groupsize", type=int, choices=GROUPSIZES, default=128, help="of int4: weights that share a scale (default: %(default)s)")
-    p.add_argument("--early_exit", "--exit_layer", type=int, metavar="E", help="write the first E layers and the head alone: a draft model for the unquantized checkpoint, see --draft_checkpoint_path of generate.py")
-    p.add_argument("--calibration", type=Path, metavar="FILE", help="text like what the model will write, for int4-gptq, plain or as prompts.jsonl (default: prompts.jsonl beside the checkpoint, if it is there)")
+    p.add_argument(
+        "--mode",
+        choices=["int8", "int4", "int4-gptq"],
+        default="int8",
+        help="int4-gptq calibrates on a text (default: %(default)s)",
+    )
+    p.add_argument(
+        "--groupsize",
+        type=int,
+        choices=GROUPSIZES,
+        default=128,
+        help="of int4: weights that share a scale (default: %(default)s)",
+    )
+    p.add_argument(
+        "--early_exit",
+        "--exit_layer",
+        type=int,
+        metavar="E",
+        help="write the first E layers and the head alone: a draft model for the unquantized checkpoint, see "
+        "--draft_checkpoint_path of generate.py",
+    )
+    p.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="text like what the model will write, for int4-gptq, plain or as prompts.jsonl (default: prompts.jsonl "
+        "beside the checkpoint, if it is there)",
+    )
     p.add_argument("--calibration_windows", type=int, default=64, help="pieces of it to use (default: %(default)s)")
     p.add_argument("--calibration_length", type=int, default=512, help="tokens in each (default: %(default)s)")
     p.add_argument("--act_order", action="store_true", help="int4-gptq: the most important columns first")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where int4-gptq computes (default here: %(default)s)")
-    args = p.parse_args()
-    calibration = ()
+    p.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where int4-gptq computes (default here: %(default)s)",
+    )
+    return p.parse_args()
+
+
+def calibrate(args: argparse.Namespace) -> list[Tensor]:
+    """The texts that the options name, as token ids (T,). Raises InputError."""
+    checkpoint = args.checkpoint_path
+    prompts = checkpoint.with_name("prompts.jsonl")
+    path = args.calibration
+    if not path and prompts.is_file():
+        path = prompts
+    if not path:
+        raise InputError("--mode int4-gptq: needs --calibration, a text file like what the model will write")
+    check_device(args.device)
+    if args.calibration_windows < 1 or args.calibration_length < 2:
+        raise InputError("--calibration_windows and --calibration_length: must be 1 and 2 or more")
+    config = load_config(checkpoint.with_suffix(".json"))
+    tokenizer = Tokenizer.load(checkpoint.parent)
+    return calibration_windows(path, tokenizer, config, args.calibration_length, args.calibration_windows)
+
+
+def main() -> None:
+    args = arguments()
+    source = args.checkpoint_path
+    calibration = []
     if args.mode == "int4-gptq":
-        beside = args.checkpoint_path.with_name("prompts.jsonl")
-        args.calibration = args.calibration or (beside if beside.is_file() else None)
-        if not args.calibration:
-            raise InputError("--mode int4-gptq: needs --calibration, a text file like what the model will write")
-        check_device(args.device)
-        if args.calibration_windows < 1 or args.calibration_length < 2:
-            raise InputError("--calibration_windows and --calibration_length: must be 1 and 2 or more")
-        config = load_config(args.checkpoint_path.with_suffix(".json"))
-        calibration = calibration_windows(args.calibration, Tokenizer.load(args.checkpoint_path.parent), config, args.calibration_length, args.calibration_windows)
-    name = ("int8" if args.mode == "int8" else f"{args.mode}.g{args.groupsize}") + (f".e{args.early_exit}" if args.early_exit is not None else "")
-    out = args.checkpoint_path.with_name(f"{args.checkpoint_path.stem}_{name}.pth")
-    quantize_checkpoint(args.checkpoint_path, out, args.mode, args.groupsize, calibration, args.act_order, args.device, args.early_exit)
-    before, after = args.checkpoint_path.stat().st_size, out.stat().st_size
-    print(f"wrote {out}: {after / 1e9:.3f} GB, {after / before:.0%} of {args.checkpoint_path.name}")
+        calibration = calibrate(args)
+    name = args.mode
+    if args.mode != "int8":
+        name += f".g{args.groupsize}"
+    if args.early_exit is not None:
+        name += f".e{args.early_exit}"
+    out = source.with_name(f"{source.stem}_{name}.pth")
+    quantize_checkpoint(
+        source, out, args.mode, args.groupsize, calibration, args.act_order, args.device, args.early_exit
+    )
+    before = source.stat().st_size
+    after = out.stat().st_size
+    print(f"wrote {out}: {after / 1e9:.3f} GB, {after / before:.0%} of {source.name}")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
-// The CPU's part of kernels.py, which builds it: a model's layers and the products with few rows, on all cores at once.
+// The CPU's kernels, which cpu.py builds: a model's layers and the products with few rows, on all cores at once.
 //
-// Letters as in model.py: M rows (tokens) in this call, D model width, H query heads, G key/value heads, C head width, F feed-
-// forward width, S cache rows. Every row is computed by the same sequence of operations whatever M is and however many threads
-// share the work.
-#include <torch/library.h>
-#include <ATen/core/Tensor.h>
+// Letters as in model.py: M rows (tokens) in this call, D model width, H query heads, G key/value heads, C head width,
+// F feed-forward width, S cache rows. Every row is computed by the same sequence of operations, whatever M is and
+// however many threads share the work.
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
+#include <torch/library.h>
+
 #include <cmath>
 #include <exception>
 #include <optional>
 #include <string>
 #include <vector>
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -43,11 +45,16 @@ static inline ivec widen(half_vec v) { return (ivec)_mm256_cvtepu16_epi32((__m12
 static inline ivec widen(byte_vec v) { return (ivec)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)v)); }
 static inline ivec widen(ubyte_vec v) { return (ivec)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)v)); }
 #else
-template <typename V> static inline ivec widen(V v) { return __builtin_convertvector(v, ivec); }
+template <typename V>
+static inline ivec widen(V v) {
+  return __builtin_convertvector(v, ivec);
+}
 #endif
-static inline vec load(const c10::BFloat16* p) { return (vec)(widen(*(const half_vec*)p) << 16); }  // the upper half of a float
+// A bfloat16 is the upper half of a float.
+static inline vec load(const c10::BFloat16* p) { return (vec)(widen(*(const half_vec*)p) << 16); }
 static inline vec load(const int8_t* p) { return __builtin_convertvector(widen(*(const byte_vec*)p), vec); }
-// Halves are added until one number is left: five short steps, where adding the elements in turn would wait for W.
+
+// Halves are added until one number is left: a few short steps. Adding the elements in turn would take W steps.
 typedef float vec8 __attribute__((vector_size(32), may_alias));
 typedef float vec4 __attribute__((vector_size(16), may_alias));
 static inline float sum(vec v) {
@@ -63,7 +70,8 @@ static inline float sum(vec v) {
 // exp(x) for x <= 0 to about 2 ulp: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients).
 static inline vec exponential(vec x) {
   x = x < -87.0f ? vec{} - 87.0f : x;
-  vec n = __builtin_convertvector(__builtin_convertvector(x * 1.44269504f - 0.5f, ivec), vec);  // rounds half away, x <= 0
+  // Truncated after 0.5 is subtracted: the nearest whole number, since x <= 0.
+  vec n = __builtin_convertvector(__builtin_convertvector(x * 1.44269504f - 0.5f, ivec), vec);
   vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
   vec p = vec{} + 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -100,8 +108,8 @@ static void team(F work) {
 #endif
 }
 
-// A weight (N, K): float32 or bfloat16; int8 with a float32 scale for each row; or int4, packed as quantize.py has it, with a
-// bfloat16 scale and zero for each group of G columns of a row.
+// A weight (N, K): float32 or bfloat16; int8 with a float32 scale for each row; or int4, packed as formats.py says,
+// with a bfloat16 scale and zero for each group of G columns of a row.
 struct Matrix {
   const void *data, *scale = nullptr, *zero = nullptr;
   at::ScalarType type;
@@ -109,29 +117,36 @@ struct Matrix {
 
   Matrix(const at::Tensor& w, const std::optional<at::Tensor>& s, const std::optional<at::Tensor>& z)
       : data(w.const_data_ptr()), type(w.scalar_type()), N(w.size(0)), K(w.size(1)) {
-    TORCH_CHECK(w.dim() == 2 && w.is_contiguous() && type == (z ? at::kByte : s ? at::kChar : type == at::kBFloat16 ? type : at::kFloat));
+    at::ScalarType wanted = type == at::kBFloat16 ? type : at::kFloat;
+    if (z) wanted = at::kByte;
+    else if (s) wanted = at::kChar;
+    TORCH_CHECK(w.dim() == 2 && w.is_contiguous() && type == wanted);
     if (s) {
       TORCH_CHECK(s->is_contiguous() && s->size(0) == N && s->scalar_type() == (z ? at::kBFloat16 : at::kFloat));
       scale = s->const_data_ptr();
     }
     if (z) {
-      K *= 2, G = K / z->size(1);
-      TORCH_CHECK(z->is_contiguous() && z->sizes() == s->sizes() && z->scalar_type() == at::kBFloat16 && G % 32 == 0 && G * z->size(1) == K);
+      K *= 2;
+      G = K / z->size(1);
+      TORCH_CHECK(z->is_contiguous() && z->sizes() == s->sizes() && z->scalar_type() == at::kBFloat16 && G % 32 == 0 &&
+                  G * z->size(1) == K);
       zero = z->const_data_ptr();
     }
   }
 };
 
-// Ask for the weights that come soon. One row only waits for them: the nearest cache, 2 KB ahead. Several rows are multiplied
-// meanwhile, which the second cache, 8 KB ahead, gives the time for (measured on Zen 4; each is slower in the other's place).
+// Ask for the weights that come soon. A product with one row does little but wait for them: they go to the nearest
+// cache, 2 KB ahead. With several rows there is more to compute meanwhile: they go to the second cache, 8 KB ahead.
+// Measured on Zen 4: each is slower in the other's place.
 template <int M>
 static inline void prefetch(const void* p) {
   if (M == 1) __builtin_prefetch((const char*)p + 2048);
   else __builtin_prefetch((const char*)p + 8192, 0, 2);
 }
 
-// Columns [begin, end) of y[m, n] = scale[n] * sum over k of x[m, k] w[n, k]. Each (m, n) has one accumulator and one order of
-// additions, whatever M is. One weight row after the other, as side by side they hinder the processor's prefetching.
+// Columns [begin, end) of y[m, n] = scale[n] * sum over k of x[m, k] w[n, k]. Each (m, n) has one accumulator and one
+// order of additions, whatever M is. The weight rows are taken one after the other: side by side they would hinder the
+// processor's prefetching.
 template <int M, typename T>
 static void rows(const float* x, const Matrix& w, float* y, int64_t begin, int64_t end) {
   const int64_t N = w.N, K = w.K;
@@ -160,13 +175,15 @@ static void rows_int4(const float* x, const Matrix& w, float* y, int64_t begin, 
     const uint8_t* row = (const uint8_t*)w.data + n * K / 2;
     vec acc[M] = {};
     for (int64_t g = 0; g < groups; g++) {
-      float scale = ((const c10::BFloat16*)w.scale)[n * groups + g], zero = ((const c10::BFloat16*)w.zero)[n * groups + g];
+      float scale = ((const c10::BFloat16*)w.scale)[n * groups + g];
+      float zero = ((const c10::BFloat16*)w.zero)[n * groups + g];
       vec low = vec{} + (zero - 8 * scale);
       for (int64_t k = g * w.G; k < (g + 1) * w.G; k += 32) {
         prefetch<M>(row + k / 2);
         for (int part = 0; part < 16; part += W) {
           ivec pair = widen(*(const ubyte_vec*)(row + k / 2 + part));
-          vec a = __builtin_convertvector(pair & 15, vec) * scale + low, b = __builtin_convertvector(pair >> 4, vec) * scale + low;
+          vec a = __builtin_convertvector(pair & 15, vec) * scale + low;
+          vec b = __builtin_convertvector(pair >> 4, vec) * scale + low;
           for (int m = 0; m < M; m++) acc[m] += a * load(x + m * K + k + part);
           for (int m = 0; m < M; m++) acc[m] += b * load(x + m * K + k + part + 16);
         }
@@ -281,8 +298,9 @@ static at::Tensor collective(const char* name, const Args&... args) {
   return stack[0].toTensor();
 }
 
-// The layers of a model, one after the other, as Block in model.py has them. With a group of processes, of which each has a part
-// of every layer, the parts' outputs are added in the order of the ranks, so that all processes have the same sum.
+// The layers of a model, one after the other, as Block in model.py has them. With a group of processes, of which each
+// has a part of every layer, the parts' outputs are added in the order of the ranks, so that all processes have the
+// same sum.
 template <typename T>
 struct Layers {
   struct Layer {
@@ -297,9 +315,10 @@ struct Layers {
   float eps;
   std::optional<std::string> group;
   int64_t processes;
-  at::Tensor gathered;        // (processes, M, D)
+  at::Tensor gathered;  // (processes, M, D)
   std::exception_ptr failed;
-  std::vector<float> x, qkv, mixed, hidden, act;  // (M, D), (M, (H + 2G) C), (M, H C), (M, 2F), (M, F)
+  // (M, D), (M, (H + 2G) C), (M, H C), (M, 2F), (M, F)
+  std::vector<float> x, qkv, mixed, hidden, act;
 
   void run(Member me) {
     std::vector<float> normed(M * D), score(pos[L - 1] + 1 + W);
@@ -308,13 +327,15 @@ struct Layers {
       for (int64_t m = 0; m < M; m++)
         for (int64_t i = m * D + begin; i < m * D + end; i++) x[i] = (float)(T)(x[i] + y[i]);
     };
-    // Adds to columns [begin, end) of y (M, D) the other processes' y. False if one of them is lost; an exception may not leave the team.
+    // Adds to columns [begin, end) of y (M, D) the other processes' y. False if one of them is lost, because no
+    // exception may leave the team.
     auto add_others = [&](std::vector<float>& y, int64_t begin, int64_t end) {
       if (!group) return true;
       me.meet();
       if (me.index == 0) try {  // the calling thread
           at::Tensor own = at::from_blob(y.data(), {M, D}, at::kFloat);
-          gathered = collective("_c10d_functional::wait_tensor", collective("_c10d_functional::all_gather_into_tensor", own, processes, *group));
+          gathered = collective("_c10d_functional::wait_tensor",
+                                collective("_c10d_functional::all_gather_into_tensor", own, processes, *group));
         } catch (...) {
           failed = std::current_exception();
         }
@@ -335,7 +356,8 @@ struct Layers {
       auto [begin, end] = me.share(layer.qkv.N);
       product(normed.data(), M, layer.qkv, qkv.data(), begin, end);
       me.meet();
-      for (int64_t i = me.index; i < M * (H + G); i += me.count) {  // RoPE on queries and keys; keys and values into the caches
+      // RoPE on queries and keys. Keys and values go into the caches.
+      for (int64_t i = me.index; i < M * (H + G); i += me.count) {
         int64_t m = i / (H + G), head = i % (H + G), b = m / L, t = m % L;
         float* row = &qkv[(m * (H + 2 * G) + head) * C];
         rotate(row, cos + t * C / 2, sin + t * C / 2, C);
@@ -344,9 +366,11 @@ struct Layers {
         for (int64_t c = 0; c < C; c++) layer.k[cache + c] = (T)row[c], layer.v[cache + c] = (T)row[G * C + c];
       }
       me.meet();
-      for (int64_t i = M * H * me.index / me.count; i < M * H * (me.index + 1) / me.count; i++) {  // (b, h, t): neighbours share keys
+      // i counts (b, h, t), so that neighbours share keys.
+      for (int64_t i = M * H * me.index / me.count; i < M * H * (me.index + 1) / me.count; i++) {
         int64_t t = i % L, h = i / L % H, b = i / L / H, m = b * L + t, cache = (b * G + h / (H / G)) * S * C;
-        attend(&qkv[(m * (H + 2 * G) + h) * C], layer.k + cache, layer.v + cache, &mixed[(m * H + h) * C], pos[t], C, score.data());
+        attend(&qkv[(m * (H + 2 * G) + h) * C], layer.k + cache, layer.v + cache, &mixed[(m * H + h) * C], pos[t], C,
+               score.data());
       }
       me.meet();
       product(mixed.data(), M, layer.out, hidden.data(), d_begin, d_end);
@@ -367,48 +391,60 @@ struct Layers {
   }
 };
 
-// x (B, L, D) at positions pos (L), cos and sin (L, 1, C/2) -> the same after the layers, whose keys and values go into the caches.
-// For each layer its two norms (D) and the matrices qkv, out, gate_up, down, see Matrix; with a group, this process's part of them.
+// x (B, L, D) at positions pos (L), cos and sin (L, 1, C/2) -> x after the layers, whose keys and values go into the
+// caches. Each layer has two norms (D) and the matrices qkv, out, gate_up, down, see Matrix; with a group, this
+// process's part of them.
 template <typename T>
-static at::Tensor run_layers(const at::Tensor& x, const at::Tensor& pos, const at::Tensor& cos, const at::Tensor& sin, at::TensorList norms,
-                             at::TensorList weights, const MaybeTensors& scales, const MaybeTensors& zeros, at::TensorList k_caches, at::TensorList v_caches, double eps,
+static at::Tensor run_layers(const at::Tensor& x, const at::Tensor& pos, const at::Tensor& cos, const at::Tensor& sin,
+                             at::TensorList norms, at::TensorList weights, const MaybeTensors& scales,
+                             const MaybeTensors& zeros, at::TensorList k_caches, at::TensorList v_caches, double eps,
                              std::optional<std::string> group, int64_t processes) {
   Layers<T> s;
   const at::Tensor& cache = k_caches[0];
-  s.B = x.size(0), s.L = x.size(1), s.M = s.B * s.L, s.D = x.size(2), s.G = cache.size(1), s.S = cache.size(2), s.C = cache.size(3);
+  s.B = x.size(0), s.L = x.size(1), s.M = s.B * s.L, s.D = x.size(2);
+  s.G = cache.size(1), s.S = cache.size(2), s.C = cache.size(3);
   for (size_t i = 0; i < k_caches.size(); i++) {
     auto matrix = [&](int j) { return Matrix(weights[4 * i + j], scales[4 * i + j], zeros[4 * i + j]); };
-    TORCH_CHECK(k_caches[i].is_contiguous() && v_caches[i].is_contiguous() && k_caches[i].sizes() == cache.sizes() && v_caches[i].sizes() == cache.sizes());
-    s.layers.push_back({norms[2 * i].const_data_ptr<T>(), norms[2 * i + 1].const_data_ptr<T>(), matrix(0), matrix(1), matrix(2), matrix(3),
-                        k_caches[i].mutable_data_ptr<T>(), v_caches[i].mutable_data_ptr<T>()});
+    TORCH_CHECK(k_caches[i].is_contiguous() && v_caches[i].is_contiguous() && k_caches[i].sizes() == cache.sizes() &&
+                v_caches[i].sizes() == cache.sizes());
+    s.layers.push_back({norms[2 * i].const_data_ptr<T>(), norms[2 * i + 1].const_data_ptr<T>(), matrix(0), matrix(1),
+                        matrix(2), matrix(3), k_caches[i].mutable_data_ptr<T>(), v_caches[i].mutable_data_ptr<T>()});
   }
   const auto& first = s.layers[0];
   s.H = first.qkv.N / s.C - 2 * s.G, s.F = first.down.K;
   for (auto& l : s.layers)
-    TORCH_CHECK(l.qkv.K == s.D && l.qkv.N == (s.H + 2 * s.G) * s.C && l.out.K == s.H * s.C && l.out.N == s.D && l.gate_up.K == s.D && l.gate_up.N == 2 * s.F && l.down.K == s.F && l.down.N == s.D);
-  TORCH_CHECK(s.C <= 512 && pos.is_contiguous() && pos.numel() == s.L && cos.is_contiguous() && sin.is_contiguous() && cos.numel() == s.L * s.C / 2);
-  s.pos = pos.const_data_ptr<int64_t>(), s.cos = cos.const_data_ptr<float>(), s.sin = sin.const_data_ptr<float>(), s.eps = eps;
-  s.group = group, s.processes = processes;
+    TORCH_CHECK(l.qkv.K == s.D && l.qkv.N == (s.H + 2 * s.G) * s.C && l.out.K == s.H * s.C && l.out.N == s.D &&
+                l.gate_up.K == s.D && l.gate_up.N == 2 * s.F && l.down.K == s.F && l.down.N == s.D);
+  TORCH_CHECK(s.C <= 512 && pos.is_contiguous() && pos.numel() == s.L && cos.is_contiguous() && sin.is_contiguous() &&
+              cos.numel() == s.L * s.C / 2);
+  s.pos = pos.const_data_ptr<int64_t>();
+  s.cos = cos.const_data_ptr<float>(), s.sin = sin.const_data_ptr<float>();
+  s.eps = eps, s.group = group, s.processes = processes;
   at::Tensor input = x.contiguous(), y = at::empty_like(input);
   const T* from = input.template const_data_ptr<T>();
   T* to = y.template mutable_data_ptr<T>();
   s.x.assign(from, from + s.M * s.D);
-  s.qkv.resize(s.M * std::max((s.H + 2 * s.G) * s.C, s.D)), s.mixed.resize(s.M * s.H * s.C), s.hidden.resize(s.M * std::max(2 * s.F, s.D)), s.act.resize(s.M * s.F);
+  s.qkv.resize(s.M * std::max((s.H + 2 * s.G) * s.C, s.D));
+  s.mixed.resize(s.M * s.H * s.C);
+  s.hidden.resize(s.M * std::max(2 * s.F, s.D));
+  s.act.resize(s.M * s.F);
   team([&](Member me) { s.run(me); });
   if (s.failed) std::rethrow_exception(s.failed);
   std::copy(s.x.begin(), s.x.end(), to);
   return y;
 }
 
-at::Tensor layers(const at::Tensor& x, const at::Tensor& pos, const at::Tensor& cos, const at::Tensor& sin, at::TensorList norms, at::TensorList weights,
-                  const MaybeTensors& scales, const MaybeTensors& zeros, at::TensorList k_caches, at::TensorList v_caches, double eps,
-                  std::optional<std::string> group, int64_t processes) {
+at::Tensor layers(const at::Tensor& x, const at::Tensor& pos, const at::Tensor& cos, const at::Tensor& sin,
+                  at::TensorList norms, at::TensorList weights, const MaybeTensors& scales, const MaybeTensors& zeros,
+                  at::TensorList k_caches, at::TensorList v_caches, double eps, std::optional<std::string> group,
+                  int64_t processes) {
   auto run = x.scalar_type() == at::kFloat ? run_layers<float> : run_layers<c10::BFloat16>;
   return run(x, pos, cos, sin, norms, weights, scales, zeros, k_caches, v_caches, eps, group, processes);
 }
 
 // x (..., K) float32 or bfloat16 times w transposed, see Matrix -> (..., N) of x's type.
-at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& zero) {
+at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& scale,
+                  const std::optional<at::Tensor>& zero) {
   Matrix matrix(w, scale, zero);
   int64_t M = x.numel() / matrix.K;
   TORCH_CHECK(x.size(-1) == matrix.K);
@@ -437,7 +473,10 @@ at::Tensor norm(const at::Tensor& x, const at::Tensor& w, double eps) {
 }
 
 TORCH_LIBRARY(layerskip, m) {
-  m.def("layers(Tensor x, Tensor pos, Tensor cos, Tensor sin, Tensor[] norms, Tensor[] weights, Tensor?[] scales, Tensor?[] zeros, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, float eps, str? group=None, int processes=1) -> Tensor");
+  m.def(
+      "layers(Tensor x, Tensor pos, Tensor cos, Tensor sin, Tensor[] norms, Tensor[] weights, Tensor?[] scales, "
+      "Tensor?[] zeros, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, float eps, str? group=None, int processes=1) "
+      "-> Tensor");
   m.def("linear(Tensor x, Tensor w, Tensor? scale=None, Tensor? zero=None) -> Tensor");
   m.def("norm(Tensor x, Tensor w, float eps) -> Tensor");
 }

@@ -1,4 +1,4 @@
-"""The CPU's kernels: cpu.cpp, built with g++ at first use and cached, which has all of a model's layers as one operation."""
+"""The CPU's kernels: builds cpu.cpp with g++ at first use, keeps the library for later, and loads it."""
 
 import hashlib
 import os
@@ -11,52 +11,104 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+TORCH = Path(torch.__file__).parent
+
+ready: bool | None = None  # whether the library is loaded; None: not tried yet
 
 
-def build():
-    """Compile SOURCE for this processor and this PyTorch, once; returns the path of the shared library."""
-    torch_dir = Path(torch.__file__).parent
-    compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "")
-    if not compiler:
+def find_compiler() -> list[str]:
+    """The command of the C++ compiler: $CXX, or g++, or c++. Raises OSError if there is none."""
+    command = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    words = shlex.split(command or "")
+    if not words:
         raise OSError("no C++ compiler found")
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
-    flags = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    return words
+
+
+def compile_flags(version: bytes) -> list[str]:
+    """version: what the compiler says of itself."""
+    abi = int(torch.compiled_with_cxx11_abi())
+    flags = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
+    flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={abi}")
     if platform.machine() == "x86_64" and b"clang" not in version:
-        flags.append("--param=avoid-fma-max-bits=0")  # GCC breaks up some chains of FMA on AMD: rows would round differently
+        # GCC breaks up some chains of FMA on AMD. Then a row would be rounded differently beside other rows.
+        flags.append("--param=avoid-fma-max-bits=0")
+    return flags
+
+
+def processor() -> str:
+    """The features of this processor, which `-march=native` compiles for, where Linux lists them."""
     cpuinfo = Path("/proc/cpuinfo")
-    native = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "") if cpuinfo.is_file() else ""
-    key = hashlib.sha256(repr((SOURCE.read_text(), compiler, flags, version, torch.__version__, platform.platform(), native)).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerskip-fast"
-    library = folder / f"kernels-{key}.so"
+    if not cpuinfo.is_file():
+        return ""
+    return next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
+
+
+def library_path(*inputs: object) -> Path:
+    """Where the library is kept that was built from these inputs."""
+    key = hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return caches / "layerskip-fast" / f"kernels-{key}.so"
+
+
+def compile_library(compiler: list[str], flags: list[str], library: Path) -> None:
+    include = TORCH / "include"
+    headers = [f"-I{include}", f"-I{include}/torch/csrc/api/include"]
+    libraries = [f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10"]
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as work:
+        built = Path(work) / "kernels.so"
+        command = [*compiler, *flags, *headers, str(SOURCE), "-o", str(built), *libraries]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        built.replace(library)  # whole or not at all, also when two processes build at once
+
+
+def build() -> Path:
+    """Compile SOURCE for this processor and this PyTorch, unless that was done before. Returns the library's path."""
+    compiler = find_compiler()
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
+    flags = compile_flags(version)
+    source = SOURCE.read_text()
+    library = library_path(source, compiler, flags, version, torch.__version__, platform.platform(), processor())
     if not library.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            built = Path(work) / "kernels.so"
-            include = torch_dir / "include"
-            subprocess.run([*compiler, *flags, f"-I{include}", f"-I{include}/torch/csrc/api/include", str(SOURCE), "-o", str(built),
-                            f"-L{torch_dir}/lib", "-ltorch_cpu", "-lc10"], check=True, capture_output=True, text=True)
-            built.replace(library)  # whole or not at all, also when two processes build at once
+        compile_library(compiler, flags, library)
     return library
 
 
-ready = None  # whether the CPU library is loaded; None: not tried yet
+def fake_linear(x: Tensor, w: Tensor, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], w.shape[0])
 
 
-def prepare():
-    """Build and load the CPU library, once; returns whether it is there. Says why if it isn't."""
+def fake_layers(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+def fake_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+def load() -> None:
+    """Load the library and tell the compiler of PyTorch the shapes that its operations return."""
+    torch.ops.load_library(build())
+    torch.library.register_fake("layerskip::linear", fake_linear)
+    torch.library.register_fake("layerskip::layers", fake_layers)
+    torch.library.register_fake("layerskip::norm", fake_norm)
+
+
+def prepare() -> bool:
+    """Build and load the library, once. Returns whether it is there, and warns why if it isn't."""
     global ready
     if ready is None:
         try:
-            torch.ops.load_library(build())
-            torch.library.register_fake("layerskip::linear", lambda x, w, scale=None, zero=None: x.new_empty(*x.shape[:-1], w.shape[0]))
-            torch.library.register_fake("layerskip::layers", lambda x, *_: torch.empty_like(x))
-            torch.library.register_fake("layerskip::norm", lambda x, w, eps: torch.empty_like(x))
+            load()
             ready = True
         except (OSError, subprocess.CalledProcessError) as error:
             lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
             reason = next((line for line in lines if "error" in line), lines[0])
-            warnings.warn(f"decoding runs on plain PyTorch, which is slower: the C++ kernels can't be built ({reason})")
+            message = "decoding runs on plain PyTorch, which is slower: the C++ kernels can't be built"
+            warnings.warn(f"{message} ({reason})", stacklevel=1)
             ready = False
     return ready

@@ -1,149 +1,248 @@
-"""The GPU's kernels, in Triton, for the products, attention and the norm; the compiler fuses what lies between.
+"""The GPU's kernels, in Triton: products, attention, the norm. The compiler of PyTorch fuses what lies between them.
 
-A row's arithmetic is the same whatever goes with it: rows are padded to one size, splits of K and of the cache are cut at fixed
-places.
+A row's arithmetic is the same whatever goes with it: rows are padded to one number, and K and the cache are split at
+fixed places.
 """
 
 import functools
 import math
 
 import torch
+from torch import Tensor
 
 try:
     import triton
     import triton.language as tl
-except ImportError:  # comes with PyTorch's builds for CUDA
+except ImportError:  # it comes with PyTorch's builds for CUDA
     triton = None
 
 MAX_ROWS = 16  # that the kernels take at once
+PROGRAMS = 512  # that a product is split into, at least: about four for each multiprocessor
+SPLIT = 256  # cache rows that one program attends to
 
 
-def linear(x, w, scale=None, zero=None):
-    """`linear` as one kernel that streams w once. x (..., K) with at most MAX_ROWS rows.
+def linear(x: Tensor, w: Tensor, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
+    """`linear` as one kernel that streams w once. x (..., K) has at most MAX_ROWS rows.
 
-    A product of few columns is split along K, so that there are programs enough for every multiprocessor; what they give is added in
-    order, which the compiler does in the kernel that comes next.
+    A product of few columns is split along K too, so that there are enough programs for all multiprocessors. The parts
+    are added in order; the compiler does so in the kernel that comes next.
     """
     N, K = w.shape[0], x.shape[-1]
     x = x.contiguous()
+    M = x.numel() // K
     groupsize = 1 if zero is None else K // zero.shape[1]
-    block_n, block_k = 32, max(512 // x.itemsize, groupsize)
+    block_n = 32
+    block_k = max(512 // x.itemsize, groupsize)
     blocks = triton.cdiv(N, block_n)
     splits = min(triton.next_power_of_2(triton.cdiv(PROGRAMS, blocks)), triton.cdiv(K, block_k))
     parts = x.new_empty(splits, *x.shape[:-1], N, dtype=torch.float32 if splits > 1 else x.dtype)
-    warps = x.itemsize  # float32, which tensor cores don't take, wants the registers of more threads
-    linear_kernel[blocks, splits](x, w, scale, zero, parts, x.numel() // K, N, K, groupsize, splits, MAX_ROWS, block_n, block_k, num_warps=warps, num_stages=4)
+    warps = x.itemsize  # tensor cores don't take float32: it needs the registers of more threads
+    linear_kernel[blocks, splits](
+        x, w, scale, zero, parts, M, N, K,
+        groupsize, splits, MAX_ROWS, block_n, block_k,
+        num_warps=warps, num_stages=4,
+    )  # fmt: skip
     return functools.reduce(torch.add, parts.unbind()).to(x.dtype)
 
 
-def attend(q, k_cache, v_cache, pos):
-    """`attend` in two kernels: parts of SPLIT cache rows each, of which those beyond the positions end at once, then their sum."""
+def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor) -> Tensor:
+    """`attend` in two kernels: each program takes SPLIT cache rows, then their results are combined.
+
+    Programs whose rows lie beyond all positions end at once.
+    """
     B, T, H, C = q.shape
     G, S = k_cache.shape[1:3]
-    rows, splits, block_c = triton.next_power_of_2(MAX_ROWS * (H // G)), triton.cdiv(S, SPLIT), max(16, triton.next_power_of_2(C))
+    group = H // G  # query heads that share a key/value head
+    rows = triton.next_power_of_2(MAX_ROWS * group)
+    splits = triton.cdiv(S, SPLIT)
+    block_s = 64 // q.itemsize
+    block_c = max(16, triton.next_power_of_2(C))
+    # Of each part: the weighted sum of values; the largest score and the sum of exponentials.
     part = torch.empty(B, G, splits, rows, C, dtype=torch.float32, device=q.device)
-    stat = torch.empty(B, G, splits, rows, 2, dtype=torch.float32, device=q.device)  # largest score, sum of exponentials
-    y, q = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.contiguous()
+    stat = torch.empty(B, G, splits, rows, 2, dtype=torch.float32, device=q.device)
+    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    q = q.contiguous()
+    factor = C**-0.5 / math.log(2)  # the kernel takes powers of 2
     warps = 4 if rows <= 64 and q.itemsize == 2 else 8
-    attend_kernel[splits, G, B](q, k_cache, v_cache, pos, part, stat, T, S, C, C ** -0.5 / math.log(2), H // G, SPLIT, 64 // q.itemsize, rows, block_c, num_warps=warps, num_stages=2)
-    combine_kernel[T, H, B](part, stat, pos, y, splits, C, H // G, SPLIT, rows, block_c, num_warps=1)
+    attend_kernel[splits, G, B](
+        q, k_cache, v_cache, pos, part, stat, T, S, C, factor,
+        group, SPLIT, block_s, rows, block_c,
+        num_warps=warps, num_stages=2,
+    )  # fmt: skip
+    combine_kernel[T, H, B](part, stat, pos, y, splits, C, group, SPLIT, rows, block_c, num_warps=1)
     return y
 
 
-def norm(x, w, eps):
-    """`norm`, one program to a row."""
+def norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    """`norm`, with one program for each row."""
     x = x.contiguous()
-    y, D = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.shape[-1]
-    norm_kernel[x.numel() // D,](x, w, y, D, eps, triton.next_power_of_2(D), num_warps=8)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    D = x.shape[-1]
+    rows = x.numel() // D
+    norm_kernel[rows,](x, w, y, D, eps, triton.next_power_of_2(D), num_warps=8)
     return y
 
-
-PROGRAMS = 512  # of a product, at least: about four for each multiprocessor
-SPLIT = 256  # cache rows that one program attends to
 
 if triton:
+
     @triton.jit
-    def linear_kernel(x, w, scale, zero, y, M, N, K, GROUPSIZE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-        m, n, split = tl.arange(0, ROWS), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1)
+    def linear_kernel(
+        x,  # (M, K)
+        w,  # (N, K); int4: (N, K / 2)
+        scale,  # None; int8: (N,); int4: (N, K / GROUPSIZE)
+        zero,  # None; int4: (N, K / GROUPSIZE)
+        y,  # (SPLITS, M, N)
+        M,
+        N,
+        K,
+        GROUPSIZE: tl.constexpr,
+        SPLITS: tl.constexpr,
+        ROWS: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+    ):
+        """Program (i, s) computes BLOCK_N columns of y[s], the product over part s of K."""
+        m = tl.arange(0, ROWS)
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        split = tl.program_id(1)
         steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)
         acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
         for start in range(split * steps * BLOCK_K, tl.minimum((split + 1) * steps * BLOCK_K, K), BLOCK_K):
             if zero is None:
                 k = start + tl.arange(0, BLOCK_K)
-                a = tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0)  # (ROWS, BLOCK_K)
-                b = tl.load(w + n[None, :] * K + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0)  # (BLOCK_K, BLOCK_N)
+                a = tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0)
+                b = tl.load(w + n[None, :] * K + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0)
                 acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
-            else:  # a byte has two columns, which lie 16 apart: each half of the bytes is a product of its own
-                i = start // 2 + tl.arange(0, BLOCK_K // 2)
-                k, g = i // 16 * 32 + i % 16, start // GROUPSIZE + tl.arange(0, BLOCK_K // GROUPSIZE)
-                byte = tl.load(w + n[None, :] * (K // 2) + i[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0)  # (BLOCK_K/2, BLOCK_N)
-                group, valid = n[None, :] * (K // GROUPSIZE) + g[:, None], (n < N)[None, :] & (g < K // GROUPSIZE)[:, None]
-                s = spread(tl.load(scale + group, mask=valid, other=0), GROUPSIZE // 2)
-                z = spread(tl.load(zero + group, mask=valid, other=0), GROUPSIZE // 2)
-                valid = (m < M)[:, None] & (k < K)[None, :]
-                a = tl.load(x + m[:, None] * K + k[None, :], mask=valid, other=0)  # (ROWS, BLOCK_K/2)
-                acc = tl.dot(a, int4_weight(byte & 15, s, z, a.dtype), acc, input_precision="ieee")
-                a = tl.load(x + m[:, None] * K + k[None, :] + 16, mask=valid, other=0)
-                acc = tl.dot(a, int4_weight(byte >> 4, s, z, a.dtype), acc, input_precision="ieee")
+            else:
+                acc = int4_step(x, w, scale, zero, acc, m, n, start, M, N, K, GROUPSIZE, BLOCK_K)
         if scale is not None and zero is None:
             acc *= tl.load(scale + n, mask=n < N, other=0)[None, :]
-        tl.store(y + (split * M + m)[:, None] * N + n[None, :], acc.to(y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+        inside = (m < M)[:, None] & (n < N)[None, :]
+        tl.store(y + (split * M + m)[:, None] * N + n[None, :], acc.to(y.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def int4_step(x, w, scale, zero, acc, m, n, start, M, N, K, GROUPSIZE: tl.constexpr, BLOCK_K: tl.constexpr):
+        """acc (ROWS, BLOCK_N) and the product over columns start to start + BLOCK_K.
+
+        A byte has two columns, 16 apart. The lower halves of the bytes are one product, the upper halves another.
+        """
+        i = start // 2 + tl.arange(0, BLOCK_K // 2)  # bytes
+        k = i // 16 * 32 + i % 16  # columns of the lower halves
+        g = start // GROUPSIZE + tl.arange(0, BLOCK_K // GROUPSIZE)
+        byte = tl.load(w + n[None, :] * (K // 2) + i[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0)
+        group = n[None, :] * (K // GROUPSIZE) + g[:, None]
+        valid = (n < N)[None, :] & (g < K // GROUPSIZE)[:, None]
+        s = spread(tl.load(scale + group, mask=valid, other=0), GROUPSIZE // 2)  # (BLOCK_K / 2, BLOCK_N)
+        z = spread(tl.load(zero + group, mask=valid, other=0), GROUPSIZE // 2)
+        valid = (m < M)[:, None] & (k < K)[None, :]
+        a = tl.load(x + m[:, None] * K + k[None, :], mask=valid, other=0)  # (ROWS, BLOCK_K / 2)
+        acc = tl.dot(a, int4_weight(byte & 15, s, z, a.dtype), acc, input_precision="ieee")
+        a = tl.load(x + m[:, None] * K + k[None, :] + 16, mask=valid, other=0)
+        return tl.dot(a, int4_weight(byte >> 4, s, z, a.dtype), acc, input_precision="ieee")
 
     @triton.jit
     def spread(v, COUNT: tl.constexpr):
         """Each row of v (G, N) COUNT times: (G * COUNT, N)."""
-        return tl.reshape(tl.broadcast_to(v[:, None, :], (v.shape[0], COUNT, v.shape[1])), (v.shape[0] * COUNT, v.shape[1]))
+        wide = tl.broadcast_to(v[:, None, :], (v.shape[0], COUNT, v.shape[1]))
+        return tl.reshape(wide, (v.shape[0] * COUNT, v.shape[1]))
 
     @triton.jit
     def int4_weight(q, scale, zero, dtype: tl.constexpr):
-        """The weight in dtype that q (uint8, 0 to 15) stands for."""
-        if dtype == tl.bfloat16:  # 0x4300 + q is the bfloat16 128 + q: a conversion would cost more than the bytes
+        """The weights in dtype that q (uint8, 0 to 15) stands for."""
+        if dtype == tl.bfloat16:
+            # The bits 0x4300 + q are the bfloat16 128 + q. A conversion would cost more than reading the bytes.
             return tl.fma((q.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True) - 136, scale, zero)
         return ((q.to(tl.float32) - 8) * scale.to(tl.float32) + zero.to(tl.float32)).to(dtype)
 
     @triton.jit
-    def attend_kernel(q, k, v, pos, part, stat, T, S, C, factor, GROUP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr,
-                      ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-        split, g, b, G = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
+    def attend_kernel(
+        q,  # (B, T, H, C)
+        k,  # (B, G, S, C)
+        v,  # (B, G, S, C)
+        pos,  # (T,)
+        part,  # (B, G, splits, ROWS, C)
+        stat,  # (B, G, splits, ROWS, 2)
+        T,
+        S,
+        C,
+        factor,  # of scores, for powers of 2
+        GROUP: tl.constexpr,
+        SPLIT: tl.constexpr,
+        BLOCK_S: tl.constexpr,
+        ROWS: tl.constexpr,
+        BLOCK_C: tl.constexpr,
+    ):
+        """Program (split, g, b): the queries of group g over SPLIT cache rows, as in FlashAttention (2205.14135)."""
+        split = tl.program_id(0)
+        g = tl.program_id(1)
+        b = tl.program_id(2)
+        G = tl.num_programs(1)
         last = tl.load(pos + T - 1)
         if split * SPLIT > last:
             return
-        row, c = tl.arange(0, ROWS), tl.arange(0, BLOCK_C)  # row: the group's heads of every query
-        t, head = row // GROUP, g * GROUP + row % GROUP
+        row = tl.arange(0, ROWS)  # the group's heads of every query
+        c = tl.arange(0, BLOCK_C)
+        t = row // GROUP
+        head = g * GROUP + row % GROUP
         limit = tl.load(pos + t, mask=t < T, other=-1)  # a query sees cache rows up to its own position
-        query = tl.load(q + ((b * T + t) * (G * GROUP) + head)[:, None] * C + c[None, :], mask=(t < T)[:, None] & (c < C)[None, :], other=0)
-        top, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+        inside = (t < T)[:, None] & (c < C)[None, :]
+        query = tl.load(q + ((b * T + t) * (G * GROUP) + head)[:, None] * C + c[None, :], mask=inside, other=0)
+        top = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
         acc = tl.zeros((ROWS, BLOCK_C), tl.float32)
         cache = (b * G + g).to(tl.int64) * S * C
         for start in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, last + 1), BLOCK_S):
             s = start + tl.arange(0, BLOCK_S)
-            keys = tl.load(k + cache + s[None, :] * C + c[:, None], mask=(s <= last)[None, :] & (c < C)[:, None], other=0)  # (C, S)
-            score = tl.dot(query, keys, input_precision="ieee") * factor  # factor: for powers of 2
+            key_mask = (s <= last)[None, :] & (c < C)[:, None]
+            keys = tl.load(k + cache + s[None, :] * C + c[:, None], mask=key_mask, other=0)  # (BLOCK_C, BLOCK_S)
+            score = tl.dot(query, keys, input_precision="ieee") * factor
             score = tl.where(s[None, :] <= limit[:, None], score, float("-inf"))
             new_top = tl.maximum(top, tl.max(score, 1))
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # rows that see nothing yet
+            shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # -inf: a row that has seen nothing yet
             weight = tl.exp2(score - shift[:, None])
             keep = tl.exp2(top - shift)
-            values = tl.load(v + cache + s[:, None] * C + c[None, :], mask=(s <= last)[:, None] & (c < C)[None, :], other=0)  # (S, C)
+            value_mask = (s <= last)[:, None] & (c < C)[None, :]
+            values = tl.load(v + cache + s[:, None] * C + c[None, :], mask=value_mask, other=0)  # (BLOCK_S, BLOCK_C)
             total = total * keep + tl.sum(weight, 1)
             acc = tl.dot(weight.to(values.dtype), values, acc * keep[:, None], input_precision="ieee")
             top = new_top
         out = ((b * G + g) * tl.num_programs(0) + split) * ROWS + row
-        tl.store(part + out[:, None] * C + c[None, :], acc, mask=(t < T)[:, None] & (c < C)[None, :])
+        tl.store(part + out[:, None] * C + c[None, :], acc, mask=inside)
         tl.store(stat + out * 2, top, mask=t < T)
         tl.store(stat + out * 2 + 1, total, mask=t < T)
 
     @triton.jit
-    def combine_kernel(part, stat, pos, y, splits, C, GROUP: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-        t, head, b, T, H = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(0), tl.num_programs(1)
-        row, c = t * GROUP + head % GROUP, tl.arange(0, BLOCK_C)
+    def combine_kernel(
+        part,  # (B, G, splits, ROWS, C)
+        stat,  # (B, G, splits, ROWS, 2)
+        pos,  # (T,)
+        y,  # (B, T, H, C)
+        splits,
+        C,
+        GROUP: tl.constexpr,
+        SPLIT: tl.constexpr,
+        ROWS: tl.constexpr,
+        BLOCK_C: tl.constexpr,
+    ):
+        """Program (t, head, b) combines the parts of one query, from the first cache row to its position."""
+        t = tl.program_id(0)
+        head = tl.program_id(1)
+        b = tl.program_id(2)
+        T = tl.num_programs(0)
+        H = tl.num_programs(1)
+        row = t * GROUP + head % GROUP
+        c = tl.arange(0, BLOCK_C)
         first = (b * (H // GROUP) + head // GROUP) * splits
-        top, total, acc = -float("inf"), 0.0, tl.zeros((BLOCK_C,), tl.float32)
+        top = -float("inf")
+        total = 0.0
+        acc = tl.zeros((BLOCK_C,), tl.float32)
         for split in range(0, tl.load(pos + t) // SPLIT + 1):
             out = (first + split) * ROWS + row
-            part_top, part_total = tl.load(stat + out * 2), tl.load(stat + out * 2 + 1)
+            part_top = tl.load(stat + out * 2)
+            part_total = tl.load(stat + out * 2 + 1)
             new_top = tl.maximum(top, part_top)
-            keep, add = tl.exp2(top - new_top), tl.exp2(part_top - new_top)
+            keep = tl.exp2(top - new_top)
+            add = tl.exp2(part_top - new_top)
             acc = acc * keep + tl.load(part + out * C + c, mask=c < C, other=0) * add
             total = total * keep + part_total * add
             top = new_top
@@ -151,6 +250,7 @@ if triton:
 
     @triton.jit
     def norm_kernel(x, w, y, D, eps, BLOCK: tl.constexpr):
+        """Program i: row i of x (rows, D), normalized and times w (D,), into y (rows, D)."""
         i = tl.arange(0, BLOCK)
         row = tl.program_id(0) * D
         v = tl.load(x + row + i, mask=i < D, other=0).to(tl.float32)

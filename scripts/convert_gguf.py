@@ -2,6 +2,9 @@
 
 The folder means to transformers what the file means to it, whose reader does the work. It appears whole or not at all.
 """
+
+from __future__ import annotations
+
 import argparse
 import io
 import json
@@ -9,9 +12,10 @@ import math
 import re
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Iterator
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
@@ -19,6 +23,10 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from command import InputError, check_memory, run_command
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 FLOATS = ("F32", "F16", "BF16")  # the kinds that aren't quantized
@@ -29,8 +37,10 @@ DAMAGED = "truncated or damaged; download it again"
 OPENED = ("is_local", "local_files_only")  # in tokenizer_config.json, transformers writes how the file was opened
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def reason(error: Exception) -> str:
+    """The first line of an error's message that isn't empty, or the name of its class."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 @contextmanager
@@ -41,12 +51,13 @@ def blaming(file: Path, what: str) -> Iterator[None]:
     except (InputError, MemoryError):
         raise
     except Exception as error:
-        raise InputError(f"{file}: {what} ({first_line(error)})") from None
+        raise InputError(f"{file}: {what} ({reason(error)})") from None
 
 
-def read(file: Path):
+def read(file: Path) -> GGUFReader:
     """The gguf.GGUFReader of a file. Raises InputError if it isn't there, is no GGUF file, or is not all there."""
     from gguf import GGUFReader
+
     if not file.is_file():
         raise InputError(f"{file}: no such file; the name of a GGUF file was expected")
     with open(file, "rb") as opened:
@@ -56,57 +67,73 @@ def read(file: Path):
         return GGUFReader(file, "c")  # copy on write: PyTorch warns of arrays that are read-only
 
 
-def field(reader, key: str, default=None):
+def field(reader: GGUFReader, key: str, default: Any = None) -> Any:
     """The value of a key of the file's description."""
     return reader.fields[key].contents() if key in reader.fields else default
 
 
-def check_kind(file: Path, reader) -> None:
+def check_kind(file: Path, reader: GGUFReader) -> None:
     """Raise InputError unless the file is a whole Llama."""
-    parts = re.search(r"-\d{5}-of-(\d{5})\.gguf$", file.name)
-    if max(field(reader, "split.count", 1), int(parts[1]) if parts else 1) > 1:
-        raise InputError(f"{file}: one part of a split file; join the parts with "
-                         "`llama-gguf-split --merge FIRST WHOLE`, then convert that")
+    parts = field(reader, "split.count", 1)
+    if named := re.search(r"-\d{5}-of-(\d{5})\.gguf$", file.name):
+        parts = max(parts, int(named[1]))
+    if parts > 1:
+        raise InputError(
+            f"{file}: one part of a split file; join the parts with "
+            "`llama-gguf-split --merge FIRST WHOLE`, then convert that"
+        )
     kind = field(reader, "general.architecture")
     if kind != "llama":
         raise InputError(f"{file}: its architecture is {kind!r}; only 'llama' can be converted")
     if field(reader, "general.name") == "mistral":
-        raise InputError(f"{file}: its general.name is 'mistral', for transformers' reader an architecture; "
-                         "change it with `gguf-new-metadata --general-name NAME FILE NEW`")
+        raise InputError(
+            f"{file}: its general.name is 'mistral', for transformers' reader an architecture; "
+            "change it with `gguf-new-metadata --general-name NAME FILE NEW`"
+        )
 
 
 def tensor_names(layers: int) -> Iterator[str]:
-    """What every Llama has."""
+    """Names of the tensors that every Llama of so many layers has."""
     yield from ("token_embd.weight", "output_norm.weight")
     for i in range(layers):
-        yield from (f"blk.{i}.{name}.weight" for name in LAYER)
+        for name in LAYER:
+            yield f"blk.{i}.{name}.weight"
 
 
-def check_tensors(file: Path, reader) -> None:
-    """Raise InputError for a tensor that is missing, or that transformers' reader would drop without a word."""
-    layers, names = field(reader, "llama.block_count", 0), {tensor.name for tensor in reader.tensors}
-    if missing := next((name for name in tensor_names(layers) if name not in names), None):
-        raise InputError(f"{file}: has no tensor {missing}, which a Llama of {layers} layers has")
+def check_tensors(file: Path, reader: GGUFReader) -> None:
+    """Raise InputError for a tensor that is missing, or that transformers' reader would drop silently."""
+    layers = field(reader, "llama.block_count", 0)
+    names = {tensor.name for tensor in reader.tensors}
+    for name in tensor_names(layers):
+        if name not in names:
+            raise InputError(f"{file}: has no tensor {name}, which a Llama of {layers} layers has")
     if left := names.difference(tensor_names(layers), ("output.weight", ROPE)):
-        raise InputError(f"{file}: tensor {min(left)} is not part of a Llama as transformers knows it; "
-                         "such a model can't be converted")
+        raise InputError(
+            f"{file}: tensor {min(left)} is not part of a Llama as transformers knows it; "
+            "such a model can't be converted"
+        )
 
 
-def note_rope(file: Path, reader) -> None:
+def note_rope(file: Path, reader: GGUFReader) -> None:
     """Say so where the file stretches RoPE: transformers' reader leaves that out."""
     kind = field(reader, "llama.rope.scaling.type", "none")
     if kind != "none" or any(tensor.name == ROPE for tensor in reader.tensors):
-        print(f"note: {file} stretches RoPE for long texts; transformers' reader leaves that out, and so does "
-              'config.json: copy "rope_scaling" from that of the original model', file=sys.stderr)
+        print(
+            f"note: {file} stretches RoPE for long texts; transformers' reader leaves that out, and so does "
+            'config.json: copy "rope_scaling" from that of the original model',
+            file=sys.stderr,
+        )
 
 
-def survey(file: Path, reader) -> tuple[list[torch.dtype], float]:
+def survey(file: Path, reader: GGUFReader) -> tuple[list[torch.dtype], float]:
     """The small dtypes that hold every value of the matrices, and the largest value of all.
 
     Raises InputError for values that are not finite.
     """
     from gguf import dequantize
-    exact, largest = [torch.bfloat16, torch.float16], 0.0
+
+    exact = [torch.bfloat16, torch.float16]
+    largest = 0.0
     for tensor in tqdm(reader.tensors, desc="reading", unit="tensor", disable=None):
         with blaming(file, f"tensor {tensor.name} can't be read"):
             values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
@@ -119,13 +146,14 @@ def survey(file: Path, reader) -> tuple[list[torch.dtype], float]:
     return exact, largest
 
 
-def choose_dtype(file: Path, reader, name: str) -> torch.dtype:
+def choose_dtype(file: Path, reader: GGUFReader, name: str) -> torch.dtype:
     """The dtype of the folder's weights. Raises InputError if the one that was asked for can't hold them."""
     exact, largest = survey(file, reader)
     small = largest <= torch.finfo(torch.float16).max
     if name == "float16" and not small:
-        raise InputError(f"--dtype float16: {file} has values up to {largest:.3g}, float16 ends at 65504; "
-                         "take bfloat16 or float32")
+        raise InputError(
+            f"--dtype float16: {file} has values up to {largest:.3g}, float16 ends at 65504; take bfloat16 or float32"
+        )
     if name != "auto":
         return DTYPES[name]
     if exact:
@@ -139,6 +167,7 @@ def choose_dtype(file: Path, reader, name: str) -> torch.dtype:
 def quiet() -> Iterator[None]:
     """Keeps transformers from warning and from drawing progress bars."""
     from transformers.utils import logging
+
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -148,9 +177,10 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def load(file: Path, dtype: torch.dtype):
+def load(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """transformers' model and tokenizer of the file. Neither the file's name nor what lies beside it counts."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     with blaming(file, "transformers can't read it"), quiet(), tempfile.TemporaryDirectory() as alone:
         (Path(alone) / "model.gguf").symlink_to(file.resolve())
         tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf")
@@ -158,7 +188,7 @@ def load(file: Path, dtype: torch.dtype):
     return model, tokenizer
 
 
-def restore_row_order(model) -> None:
+def restore_row_order(model: PreTrainedModel) -> None:
     """Undo llama.cpp's row order of q and k, as transformers' reader only does where the file has KV_HEADS."""
     for layer in model.model.layers:
         for part in (layer.self_attn.q_proj, layer.self_attn.k_proj):
@@ -166,18 +196,19 @@ def restore_row_order(model) -> None:
             part.weight.data = pairs.transpose(1, 2).reshape(part.weight.shape)
 
 
-def edit_json(path: Path, change) -> None:
+def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     change(values)
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_tokenizer(folder: Path, tokenizer, vocab_size: int) -> None:
+def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """The tokenizer's files, so that they are read back as they are."""
-    def keep_known(values):  # transformers adds an <|endoftext|> that the model has no row for
+
+    def keep_known(values: dict[str, Any]) -> None:  # transformers adds an <|endoftext|> that the model has no row for
         values["added_tokens"] = [token for token in values["added_tokens"] if token["id"] < vocab_size]
 
-    def describe(values):
+    def describe(values: dict[str, Any]) -> None:
         for key in OPENED:
             values.pop(key, None)
         values["tokenizer_class"] = "PreTrainedTokenizerFast"  # others rebuild parts of tokenizer.json
@@ -189,9 +220,10 @@ def write_tokenizer(folder: Path, tokenizer, vocab_size: int) -> None:
     edit_json(folder / "tokenizer_config.json", describe)
 
 
-def write(folder: Path, model, tokenizer) -> None:
+def write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """A Hugging Face folder's files."""
     from huggingface_hub import save_torch_state_dict
+
     config, state = model.config, model.state_dict()
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
@@ -220,8 +252,8 @@ def whole(out: Path) -> Iterator[Path]:
             out.parent.mkdir(parents=True, exist_ok=True)
             made.rename(out)
     except (OSError, SafetensorError) as error:  # the latter where the disk is full
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise InputError(f"--out {out}: can't be written ({reason}); name a new folder where there is room") from None
+        why = getattr(error, "strerror", None) or reason(error)
+        raise InputError(f"--out {out}: can't be written ({why}); name a new folder where there is room") from None
 
 
 def convert(file: Path | str, out: Path | str, dtype: str = "auto") -> Path:
@@ -248,12 +280,16 @@ def convert(file: Path | str, out: Path | str, dtype: str = "auto") -> Path:
     return out
 
 
-def main():
+def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("file", type=Path, help="GGUF file of a Llama, of any kind that the gguf package can widen")
     p.add_argument("--out", type=Path, required=True, help="folder to write")
-    p.add_argument("--dtype", choices=["auto", *DTYPES], default="auto",
-                   help="of the weights (default: auto, the smallest that loses nothing; float16 for quantized files)")
+    p.add_argument(
+        "--dtype",
+        choices=["auto", *DTYPES],
+        default="auto",
+        help="of the weights (default: auto, the smallest that loses nothing; float16 for quantized files)",
+    )
     args = p.parse_args()
     print(f"wrote {convert(args.file, args.out, args.dtype)}")
 

@@ -2,6 +2,7 @@
 
 The folder's own files stay as they are; the two new ones appear beside them, whole or not at all.
 """
+
 import argparse
 import sys
 import zipfile
@@ -10,10 +11,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import saved
-from command import InputError, check_memory, run_command
+from checkpoint import dtype_name, saved
+from command import InputError, check_memory, first_line, run_command
 from model import ROPE_SCALING, ModelConfig
 from tokenizer import Tokenizer, read_object
 
@@ -28,13 +31,14 @@ LAYER = {
 }
 
 
-def tensor_names(config: ModelConfig):
+def tensor_names(config: ModelConfig) -> dict[str, list[str]]:
     """Every tensor of the architecture with the Hugging Face tensors it is stacked from: {ours: [theirs, ...]}."""
     names = {"embed.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"]}
     if not config.tied:
         names["head.weight"] = ["lm_head.weight"]
     for i in range(config.n_layer):
-        names |= {f"layers.{i}.{ours}": [f"model.layers.{i}.{name}" for name in theirs] for ours, theirs in LAYER.items()}
+        for ours, theirs in LAYER.items():
+            names[f"layers.{i}.{ours}"] = [f"model.layers.{i}.{name}" for name in theirs]
     return names
 
 
@@ -46,14 +50,14 @@ def read_json(path: Path) -> dict:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The ModelConfig of a Hugging Face folder. Raises InputError for anything that isn't a Llama as this engine knows it."""
+    """The ModelConfig of a Hugging Face folder. Raises InputError for a model that this engine doesn't know."""
     path = folder / "config.json"
     hf = read_json(path)
     check_supported(hf, path)
     rope_theta, rope_scaling = read_rope(hf, path)
-    generation = folder / "generation_config.json"
-    special = read_json(generation) if generation.is_file() else hf  # where it is there, it decides alone
-    eos = special.get("eos_token_id")
+    special = hf
+    if (folder / "generation_config.json").is_file():
+        special = read_json(folder / "generation_config.json")  # where it is there, it alone decides what ends a text
     try:
         config = ModelConfig(
             vocab_size=hf["vocab_size"],
@@ -69,7 +73,7 @@ def read_config(folder: Path) -> ModelConfig:
             norm_eps=hf.get("rms_norm_eps", 1e-6),
             tied=hf.get("tie_word_embeddings", False),
             bos_id=hf.get("bos_token_id"),
-            eos_ids=() if eos is None else eos if isinstance(eos, list) else (eos,),
+            eos_ids=as_ids(special.get("eos_token_id")),
             source=hf.get("_name_or_path") or folder.resolve().name,
         )
     except KeyError as error:
@@ -78,6 +82,15 @@ def read_config(folder: Path) -> ModelConfig:
         raise InputError(f"{path}: {error}") from None
     Tokenizer.load(folder).check_model(config.vocab_size)
     return config
+
+
+def as_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    """The ids in a field that holds none, one, or a list of them."""
+    if value is None:
+        return ()
+    if isinstance(value, list):
+        return tuple(value)
+    return (value,)
 
 
 def check_supported(hf: dict, path: Path) -> None:
@@ -109,66 +122,93 @@ def read_rope(hf: dict, path: Path) -> tuple[float, dict | None]:
     return theta, {"rope_type": kind, **{name: values.get(name) for name in ROPE_SCALING[kind]}}
 
 
-def weight_files(folder):
+def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights: safetensors before .bin, the index's shards before a single file."""
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
+        index = folder / f"{stem}.{suffix}.index.json"
+        single = folder / f"{stem}.{suffix}"
         if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
-                raise InputError(f"{index}: has no weight_map from tensors to files")
-            return [folder / Path(name).name for name in sorted(set(weight_map.values()))]
+            return [folder / name for name in shard_names(index)]
         if single.is_file():
             return [single]
     raise InputError(f"{folder}: has neither model.safetensors nor pytorch_model.bin, nor an index of their shards")
 
 
-def read_weights(files):
+def shard_names(index: Path) -> list[str]:
+    """The file names that an index lists, sorted, without any folders."""
+    weight_map = read_json(index).get("weight_map")
+    is_map = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
+    if not is_map or not weight_map:
+        raise InputError(f"{index}: has no weight_map from tensors to files")
+    return [Path(name).name for name in sorted(set(weight_map.values()))]
+
+
+def read_weights(files: list[Path]) -> dict[str, Tensor]:
     """All tensors of the given files, mapped where the format allows it: {name: tensor}."""
-    from safetensors.torch import load_file
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for file in tqdm(files, desc="reading", unit="file", disable=None):
         if not file.is_file():
             raise InputError(f"{file}: not found, though the index lists it; download the checkpoint again")
         try:
-            if file.suffix == ".safetensors":
-                tensors |= load_file(file)
-            else:
-                zipped = zipfile.is_zipfile(file)  # what torch.save writes since PyTorch 1.6; only that can be mapped
-                check_memory(0 if zipped else file.stat().st_size, "cpu", f"reading {file}")
-                tensors |= torch.load(file, mmap=zipped, weights_only=True, map_location="cpu")
+            tensors |= read_tensors(file)
         except InputError:
             raise
         except Exception as error:  # each format has errors of its own for a damaged file
-            raise InputError(f"{file}: truncated or damaged ({(str(error).splitlines() or ['empty file'])[0]})") from None
-    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise InputError(f"{files[0]}: holds more than tensors; a plain state dict was expected")
+            raise InputError(f"{file}: truncated or damaged ({first_line(error, 'empty file')})") from None
+    for tensor in tensors.values():
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{files[0]}: holds more than tensors; a plain state dict was expected")
     return tensors
 
 
-def plan(folder, config, theirs):
-    """What model.pth will hold: {ours: (meta tensor, [theirs, ...])}. Raises InputError for what is missing, odd, or left over."""
-    wanted, left = {}, set(theirs)
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of one file, of either format."""
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    zipped = zipfile.is_zipfile(file)  # what torch.save writes since PyTorch 1.6; only that can be mapped
+    if not zipped:
+        check_memory(file.stat().st_size, "cpu", f"reading {file}")
+    return torch.load(file, mmap=zipped, weights_only=True, map_location="cpu")
+
+
+def plan(folder: Path, config: ModelConfig, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What model.pth will hold: {ours: meta tensor}. Raises InputError for what is missing, odd, or left over."""
+    wanted = {}
+    left = set(theirs)
     for ours, names in tensor_names(config).items():
         for name in names:
-            if name not in theirs:
-                raise InputError(f"{folder}: the checkpoint has no tensor {name}")
-            if theirs[name].dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                raise InputError(f"{folder}: tensor {name} is {str(theirs[name].dtype)[6:]}; float32, bfloat16 or float16 was expected")
+            check_tensor(folder, name, theirs)
         parts = [theirs[name] for name in names]
         if len({part.shape[1:] for part in parts}) > 1:
             raise InputError(f"{folder}: {', '.join(names)} have shapes that don't fit together")
-        wanted[ours] = torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=parts[0].dtype, device="meta"), names
+        rows = sum(map(len, parts))
+        wanted[ours] = torch.empty(rows, *parts[0].shape[1:], dtype=parts[0].dtype, device="meta")
         left -= set(names)
-    for name in sorted(left):  # some files list the head of a tied model too, or tables that follow from the configuration
-        if not (name == "lm_head.weight" and config.tied or name.endswith("rotary_emb.inv_freq")):
+    for name in sorted(left):
+        if not is_redundant(name, config):
             raise InputError(f"{folder}: tensor {name} is not part of the model that config.json describes")
     return wanted
 
 
-def untie(config: ModelConfig, theirs: dict) -> ModelConfig:
-    """The description of a model whose file has a head that is not its embedding, whatever config.json says: the file's
-    counts, as in transformers 5."""
+def check_tensor(folder: Path, name: str, theirs: dict[str, Tensor]) -> None:
+    """Raise InputError if a tensor is missing, or not of a floating type that this engine knows."""
+    if name not in theirs:
+        raise InputError(f"{folder}: the checkpoint has no tensor {name}")
+    dtype = theirs[name].dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise InputError(f"{folder}: tensor {name} is {dtype_name(dtype)}; float32, bfloat16 or float16 was expected")
+
+
+def is_redundant(name: str, config: ModelConfig) -> bool:
+    """Whether a file may list this tensor though nothing needs it: a tied model's head, or tables of RoPE."""
+    return (name == "lm_head.weight" and config.tied) or name.endswith("rotary_emb.inv_freq")
+
+
+def untie(config: ModelConfig, theirs: dict[str, Tensor]) -> ModelConfig:
+    """The description of a model that is not tied, if the file has a head that is not its embedding.
+
+    That counts whatever config.json says, as in transformers 5.
+    """
     head, embedding = theirs.get("lm_head.weight"), theirs.get("model.embed_tokens.weight")
     if not config.tied or head is None or embedding is None or same_values(head, embedding):
         return config
@@ -176,7 +216,8 @@ def untie(config: ModelConfig, theirs: dict) -> ModelConfig:
     return replace(config, tied=False)
 
 
-# Settings of generation_config.json that change the distribution: transformers' generate() follows them, this engine doesn't.
+# Settings of generation_config.json that change the distribution, with their values that change nothing. transformers'
+# generate() follows them, this engine doesn't.
 CHANGES_LOGITS = {
     "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
@@ -199,39 +240,59 @@ def note_what_is_left_out(folder: Path) -> None:
     generation = read_object(folder / "generation_config.json")
     found = [name for name, off in CHANGES_LOGITS.items() if generation.get(name) not in (None, off)]
     if found:
-        print(f"note: generation_config.json sets {', '.join(found)}, which this engine leaves out: it changes the distribution")
+        print(
+            f"note: generation_config.json sets {', '.join(found)}, which this engine leaves out: "
+            "it changes the distribution"
+        )
 
 
-def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and all(torch.equal(x, y) for x, y in zip(a.split(4096), b.split(4096)))
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two matrices are equal. Compares some rows at a time, which takes little memory."""
+    if a.shape != b.shape:
+        return False
+    return all(map(torch.equal, a.split(4096), b.split(4096)))
 
 
 def convert(folder: str | Path) -> Path:
-    """Write model.pth and model.json into a Hugging Face checkpoint folder, tensor by tensor; returns the path of model.pth."""
+    """Write model.pth and model.json into a Hugging Face folder, tensor by tensor; returns the path of model.pth."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"--checkpoint_dir {folder}: no such folder")
-    config, files = read_config(folder), weight_files(folder)
-    theirs = read_weights(files)
+    config = read_config(folder)
+    theirs = read_weights(weight_files(folder))
     config = untie(config, theirs)
     if not config.eos_ids:
         print("note: the folder names no token that ends a text; see generate.py --stop and --stop_token_ids")
     note_what_is_left_out(folder)
-    wanted, path = plan(folder, config, theirs), folder / "model.pth"
-    with saved(path, {ours: t for ours, (t, _) in wanted.items()}, config) as result:
-        for ours, (_, names) in tqdm(wanted.items(), desc="converting", unit="tensor", disable=None):
-            parts = [theirs.pop(name) for name in names]
-            for name, part, rows in zip(names, parts, result[ours].split([len(part) for part in parts])):
-                if not all(extreme.isfinite() for extreme in part.aminmax()):
-                    raise InputError(f"{folder}: tensor {name} holds values that are not finite: the file is damaged; download it again")
-                rows.copy_(part)
+    path = folder / "model.pth"
+    names = tensor_names(config)
+    with saved(path, plan(folder, config, theirs), config) as result:
+        for ours, tensor in tqdm(result.items(), desc="converting", unit="tensor", disable=None):
+            stack(folder, names[ours], theirs, tensor)
     return path
 
 
-def main():
+def stack(folder: Path, names: list[str], theirs: dict[str, Tensor], result: Tensor) -> None:
+    """Move the named tensors into the rows of result. Raises InputError for values that are not finite."""
+    start = 0
+    for name in names:
+        part = theirs.pop(name)
+        for extreme in part.aminmax():
+            if not extreme.isfinite():
+                raise InputError(
+                    f"{folder}: tensor {name} holds values that are not finite: the file is damaged; download it again"
+                )
+        result[start : start + len(part)].copy_(part)
+        start += len(part)
+
+
+def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--checkpoint_dir", type=Path, required=True, help="folder with config.json, the weights and the tokenizer")
-    print(f"wrote {convert(p.parse_args().checkpoint_dir)}")
+    p.add_argument(
+        "--checkpoint_dir", type=Path, required=True, help="folder with config.json, the weights and the tokenizer"
+    )
+    args = p.parse_args()
+    print(f"wrote {convert(args.checkpoint_dir)}")
 
 
 if __name__ == "__main__":

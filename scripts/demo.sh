@@ -3,8 +3,16 @@
 # decoding.
 # demo.sh smollm2: makes the environment, downloads SmolLM2-135M-Instruct (93 MB) and asks it a question.
 set -euo pipefail
-case $#/${1:-} in 0/ | 1/smollm2) ;; *) echo "usage: $0 [smollm2]" >&2; exit 2 ;; esac
+case $#/${1:-} in
+    0/ | 1/smollm2) ;;
+    *)
+        echo "usage: $0 [smollm2]" >&2
+        exit 2
+        ;;
+esac
+
 if [ $# -eq 1 ]; then
+    # shellcheck source=/dev/null
     source "$(dirname "$0")/environment.sh" requirements.txt scripts/requirements.txt
     folder=checkpoints/SmolLM2-135M-Instruct
     python scripts/smollm2.py
@@ -13,6 +21,8 @@ if [ $# -eq 1 ]; then
         --max_new_tokens 80 --prompt 'What is the capital of France? Answer in one sentence.'
     exit
 fi
+
+# shellcheck source=/dev/null
 source "$(dirname "$0")/environment.sh" requirements.txt
 python generate.py --num_samples 1 --top_p 0.95 --self_speculative --early_exit 3 --speculate_k 4 --prompt 'class Queue:
     """A first-in, first-out queue."""

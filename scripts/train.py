@@ -1,8 +1,10 @@
 """Train a Llama with the LayerSkip recipe (Elhoushi et al., arXiv 2404.16710): layer dropout and an early-exit loss.
 
-From scratch, or from a converted checkpoint; on text files or folders of them; on a CPU, a GPU, or several under
-torchrun, where each has a copy of the model or, with --fsdp, a part of it. Ends with a checkpoint folder that generate.py reads, and with loss and agreement at every exit.
+The model is new, or comes from a converted checkpoint. The text comes from files and folders. Training runs on a CPU,
+on a GPU, or on several under torchrun: each then has a copy of the model or, with --fsdp, a part of it. The result is a
+checkpoint folder that generate.py reads, and a table of the loss and the agreement of every exit.
 """
+
 import argparse
 import json
 import math
@@ -10,34 +12,48 @@ import signal
 import sys
 import time
 import zlib
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import init_device_mesh
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from checkpoint import load_model, read_state, save_checkpoint
 from command import InputError, check_device
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
-from tp import run_command, start
+from tp import Shard, run_command, start
+
+# Sizes: L layers, each with an exit; B sequences per step over all processes, b of them in this one; T tokens in a
+# sequence; D numbers in a hidden state; V tokens in the vocabulary.
 
 
-# The recipe: three formulas. Layers l count from 0 to L - 1, steps t from 0 to T - 1.
+# Schedule: the recipe's formulas. Layers l count from 0 to L - 1, steps t from 0.
 
-def dropout_probabilities(n_layer, step, steps, p_max, from_scratch):
-    """Probability (L,) that each layer is skipped at this step: S(t) D(l) p_max (paper, section 4.1).
 
-    D grows exponentially over the layers from 0 to 1; S does so over time when training from scratch, and is 1
+def dropout_probabilities(n_layer: int, step: int, steps: int, p_max: float, from_scratch: bool) -> Tensor:
+    """Probability (L,) float32 that each layer is skipped at this step: S(t) D(l) p_max (paper, section 4.1).
+
+    D grows exponentially over the layers, from 0 to 1. S does so over the steps when training from scratch, and is 1
     when a trained model is continued.
     """
     depth = torch.arange(n_layer) * (math.log(2) / max(n_layer - 1, 1))
@@ -45,27 +61,29 @@ def dropout_probabilities(n_layer, step, steps, p_max, from_scratch):
     return p_max * time_scale * torch.expm1(depth)
 
 
-def enabled_exits(n_layer, step, steps, curriculum, rotation):
-    """Which exits (L,) bool take part in the loss at this step: C(t, l) (paper, section 4.2). The last always does.
+def enabled_exits(n_layer: int, step: int, steps: int, curriculum: str, rotation: int) -> Tensor:
+    """Which exits (L,) bool take part in the loss at this step: C(t, l) (paper, section 4.2). The last one always does.
 
-    rotational: every `rotation`-th layer, shifted by one each step. gradual: from the last layer down, one more
-    every T / (2L) steps, so that all are enabled from the middle of the run on.
+    rotational: every `rotation`-th layer, shifted by one each step. gradual: from the last layer down, one more after
+    every steps / (2 L) steps, so that all are enabled in the second half of the run.
     """
     layer = torch.arange(n_layer)
     if curriculum == "rotational":
         enabled = (layer - step) % rotation == 0
     else:
-        enabled = layer >= n_layer - 1 - step * 2 * n_layer // steps
+        more = step * 2 * n_layer // steps  # exits enabled beside the last one
+        enabled = layer >= n_layer - 1 - more
     enabled[-1] = True
     return enabled
 
 
-def exit_weights(enabled, scale, power=None):
-    """Weight (L,) of each exit's cross entropy, normalized to sum 1 over the enabled ones: e~(t, l) (paper, section 4.2).
+def exit_weights(enabled: Tensor, scale: float, power: float | None = None) -> Tensor:
+    """Weight (L,) float32 of each exit's cross entropy: e~(t, l) (paper, section 4.2). The enabled exits' add up to 1.
 
-    The paper's, power None: e(l) = scale * (0 + 1 + ... + l) for l < L - 1, and e(L - 1) = L - 1 + scale * (0 + 1 + ... + (L - 2)).
-    Ours, for short runs, in which the paper's weights leave the earliest exits behind: e(l) = scale * (l + 1)^power for
-    l < L - 1, and e(L - 1) = 1.
+    power None, the paper's: e(l) = scale * (0 + 1 + ... + l) for l < L - 1, and
+    e(L - 1) = L - 1 + scale * (0 + 1 + ... + (L - 2)).
+    With a power, ours: e(l) = scale * (l + 1)^power for l < L - 1, and e(L - 1) = 1. It is for short runs, in which
+    the earliest exits learn too little with the paper's weights.
     """
     layer = torch.arange(len(enabled), dtype=torch.float64)
     last = len(enabled) - 1
@@ -79,24 +97,60 @@ def exit_weights(enabled, scale, power=None):
     return (weight / weight.sum()).float()
 
 
-class LayerSkipLoss(nn.Module):
-    """The training objective around a Transformer; a module, so that DDP and FSDP can wrap it."""
+@dataclass(frozen=True)
+class Schedule:
+    """What differs from step to step. A function of the step alone, so that a resumed run goes on exactly."""
 
-    def __init__(self, model):
+    args: argparse.Namespace
+    n_layer: int
+
+    def keep(self, step: int) -> Tensor:
+        """Which sequences of the whole batch pass each layer: (L, B) bool on the CPU, the same in every process."""
+        args = self.args
+        from_scratch = args.checkpoint_path is None
+        skip = dropout_probabilities(self.n_layer, step, args.steps, args.max_dropout, from_scratch)
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        return torch.rand(self.n_layer, args.batch_size, generator=generator) >= skip[:, None]
+
+    def weights(self, step: int) -> Tensor:
+        """The weight (L,) float32 of each exit in the loss; 0 for exits that take no part."""
+        args = self.args
+        enabled = enabled_exits(self.n_layer, step, args.steps, args.curriculum, args.rotation)
+        return exit_weights(enabled, args.exit_scale, args.exit_power)
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up to the peak --lr, then half a cosine down to a tenth of it."""
+        args = self.args
+        if step < args.warmup:
+            return args.lr * (step + 1) / args.warmup
+        progress = (step - args.warmup) / max(1, args.steps - args.warmup)  # 0 to 1
+        return args.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+# Loss, and the validation of every exit.
+
+
+class LayerSkipLoss(nn.Module):
+    """The training objective around a Transformer. It is a module, so that DDP and FSDP can wrap it."""
+
+    def __init__(self, model: Transformer) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, tokens, targets, keep, weights, called):
-        """tokens, targets: (B, T) ids. keep: (L, B) bool on the CPU, which sequences pass each layer. weights: (L,). called: (L,)
-        bool, which layers are computed, with no sequence if need be: under FSDP all processes must call a layer that one calls.
+    def forward(
+        self, tokens: Tensor, targets: Tensor, keep: Tensor, weights: Tensor, called: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted loss J, and the cross entropy (L,) of each exit with a weight, NaN for the others.
 
-        Returns (J, losses): the weighted loss, and the cross entropy (L,) of each exit with a weight, NaN elsewhere.
+        tokens, targets: (b, T) ids. keep: (L, b) bool on the CPU, which sequences pass each layer. weights: (L,) of the
+        exits. called: (L,) bool, which layers are called, even if no sequence passes them: under FSDP, a layer that one
+        process calls must be called by all.
         """
         model, losses = self.model, []
-        x = model.embed(tokens)
+        x = model.embed(tokens)  # (b, T, D)
         positions = model.positions(tokens.shape[1], None)
-        total = 0.0
-        for layer, kept, weight, call in zip(model.layers, keep, weights.tolist(), called.tolist()):
+        total = torch.zeros((), device=x.device)
+        for layer, kept, weight, call in zip(model.layers, keep, weights.tolist(), called.tolist(), strict=True):
             if kept.all():
                 x = layer(x, *positions)
             elif call:  # only the sequences that keep the layer are computed
@@ -105,38 +159,89 @@ class LayerSkipLoss(nn.Module):
             if weight:
                 loss = F.cross_entropy(model.logits(x).flatten(0, 1).float(), targets.flatten())
                 total = total + weight * loss
-            losses.append(loss.detach() if weight else torch.tensor(math.nan, device=x.device))
+                losses.append(loss.detach())
+            else:
+                losses.append(torch.tensor(math.nan, device=x.device))
         return total, torch.stack(losses)
 
-    def exits(self, tokens, targets):
-        """Of every exit, the cross entropy (L,) summed over the targets (B, T), and the most likely tokens (L, B, T)."""
+    def exits(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Every exit's cross entropy (L,), summed over the targets (b, T), and most likely tokens (L, b, T)."""
         x, losses, choices = tokens, [], []
         for i in range(self.model.config.n_layer):
             x = self.model(x, None, i, i + 1)
-            logits = self.model.logits(x).float()
+            logits = self.model.logits(x).float()  # (b, T, V)
             losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
             choices.append(logits.argmax(-1))
         return torch.stack(losses), torch.stack(choices)
 
 
-# Data: every document as BOS ... EOS in one long row of ids, cut into windows.
+class Evaluation(NamedTuple):
+    losses: Tensor  # (L,) float64, nats per token
+    agreement: Tensor  # (L,) float64, share of positions where the exit's greedy token is the reference's
+    tokens: int  # counted
 
-def read_documents(paths, include, exclude):
-    """The texts of the given files and of the files below the given folders, as [(relative name, text)], sorted.
 
-    Files that are not UTF-8 are left out. Raises InputError if a path is missing or nothing is left.
+@torch.no_grad()
+def evaluate(
+    objective: LayerSkipLoss,
+    ids: Tensor,
+    context: int,
+    batch_size: int,
+    max_tokens: int,
+    autocast: AbstractContextManager,
+    device: torch.device,
+    reference: Transformer | None = None,
+) -> Evaluation:
+    """Loss and agreement of every exit, on windows spread evenly over ids (N,). A progress bar shows where it is.
+
+    reference: the model whose last layer the exits are compared with; None is the model itself.
+    """
+    count = min((len(ids) - 1) // context, max(1, max_tokens // context))
+    starts = torch.linspace(0, len(ids) - 1 - context, count).long()
+    n_layer = objective.model.config.n_layer
+    losses = torch.zeros(n_layer, dtype=torch.float64)
+    agreement = torch.zeros(n_layer, dtype=torch.float64)
+    for chunk in tqdm(starts.split(batch_size), desc="evaluating", leave=False, disable=None):
+        windows = [ids[start : start + context + 1] for start in chunk.tolist()]
+        batch = torch.stack(windows).long().to(device)  # (b, T + 1)
+        with autocast:
+            loss, choices = objective.exits(batch[:, :-1], batch[:, 1:])
+            wanted = choices[-1]
+            if reference is not None:
+                wanted = reference.logits(reference(batch[:, :-1])).argmax(-1)
+        losses += loss.double().cpu()
+        agreement += (choices == wanted).sum((1, 2)).double().cpu()
+    total = count * context
+    return Evaluation(losses / total, agreement / total, total)
+
+
+# Data: every document with BOS before and EOS behind it, all in one long row of ids, which is cut into windows.
+
+Document = tuple[str, str]  # relative name, text
+
+
+def text_files(root: Path, include: str) -> list[tuple[str, Path]]:
+    """(relative name, path) of a file, or of the files below a folder whose names match `include`, sorted."""
+    if root.is_file():
+        return [(root.name, root)]
+    paths = sorted(path for path in root.rglob(include) if path.is_file())
+    return [(path.relative_to(root).as_posix(), path) for path in paths]
+
+
+def read_documents(paths: list[str | Path], include: str, exclude: list[str]) -> list[Document]:
+    """The texts of the given files and of the files below the given folders, sorted within each folder.
+
+    Files that are empty or not UTF-8 are left out. Raises InputError if a path is missing or nothing is left.
     """
     documents = []
     for root in map(Path, paths):
         if not root.exists():
             raise InputError(f"--data {root}: no such file or folder")
-        files = [root] if root.is_file() else sorted(p for p in root.rglob(include) if p.is_file())
-        for file in files:
-            name = file.name if file == root else file.relative_to(root).as_posix()
+        for name, path in text_files(root, include):
             if any(fnmatch(name, pattern) for pattern in exclude):
                 continue
             try:
-                text = file.read_text(encoding="utf-8")
+                text = path.read_text(encoding="utf-8")
             except UnicodeDecodeError:
                 continue
             if text.strip():
@@ -146,30 +251,76 @@ def read_documents(paths, include, exclude):
     return documents
 
 
-def is_held_out(name, fraction):
-    """Whether a document is kept for validation: decided by its name alone, so that it never changes sides."""
+def is_held_out(name: str, fraction: float) -> bool:
+    """Whether a document is kept for validation. Only its name decides, so that it never changes sides."""
     return zlib.crc32(name.encode()) % 10_000 < fraction * 10_000
 
 
-def train_tokenizer(texts, vocab_size, folder):
+def split_documents(documents: list[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
+    """The documents for training and those for validation. Too few to split by name, their text is cut in two."""
+    training: list[Document] = []
+    validation: list[Document] = []
+    for document in documents:
+        side = validation if is_held_out(document[0], val_fraction) else training
+        side.append(document)
+    if training and validation:
+        return training, validation
+    text = "".join(text for _, text in documents)
+    cut = int(len(text) * (1 - val_fraction))
+    return [("head", text[:cut])], [("tail", text[cut:])]
+
+
+def nonempty_lines(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        yield from filter(None, text.split("\n"))
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
     """Train a sentencepiece BPE tokenizer that reproduces any text byte for byte; writes folder/tokenizer.model."""
     import sentencepiece
-    lines = (line for text in texts for line in text.split("\n") if line)
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=vocab_size,
-            byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-            add_dummy_prefix=False, allow_whitespace_only_pieces=True, split_digits=True, user_defined_symbols=["\n"],
-            max_sentence_length=1 << 16, minloglevel=2)
+            sentence_iterator=nonempty_lines(texts),
+            model_prefix=str(folder / "tokenizer"),
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            user_defined_symbols=["\n"],
+            max_sentence_length=1 << 16,
+            minloglevel=2,
+        )
     except RuntimeError as error:
-        raise InputError(f"--vocab_size {vocab_size}: sentencepiece can't train it on this text ({str(error).splitlines()[-1]})") from None
+        reason = str(error).splitlines()[-1]
+        raise InputError(f"--vocab_size {vocab_size}: sentencepiece can't train it on this text ({reason})") from None
     (folder / "tokenizer.vocab").unlink()
     return Tokenizer.load(folder)
 
 
-def encode_documents(documents, tokenizer):
-    """All documents as one row of ids (N,): each as the tokenizer reads a text, BOS included where it adds that, and EOS behind it."""
-    ids = []
+def prepare_tokenizer(args: argparse.Namespace, documents: list[Document], shard: Shard) -> Tokenizer:
+    """The tokenizer in --out. The first process puts it there: --tokenizer's, the checkpoint's, or one trained here."""
+    source = args.tokenizer
+    if source is None and args.checkpoint_path:
+        source = args.checkpoint_path.parent
+    args.out.mkdir(parents=True, exist_ok=True)
+    if shard.rank == 0:
+        if source is None:
+            if not args.resume:
+                train_tokenizer((text for _, text in documents), args.vocab_size, args.out)
+        elif source.resolve() != args.out.resolve():
+            Tokenizer.load(source).save(args.out)
+    shard.gather(None)  # the others wait until the tokenizer is there
+    return Tokenizer.load(args.out)
+
+
+def encode_documents(documents: list[Document], tokenizer: Tokenizer) -> Tensor:
+    """All documents as one row of ids (N,) int32. BOS is where the tokenizer adds it; EOS follows each document."""
+    ids: list[int] = []
     for _, text in tqdm(documents, desc="tokenizing", unit="file", disable=None):
         ids += tokenizer.encode(text)
         if tokenizer.eos_id is not None and ids[-1:] != [tokenizer.eos_id]:
@@ -177,42 +328,71 @@ def encode_documents(documents, tokenizer):
     return torch.tensor(ids, dtype=torch.int32)
 
 
-def window(ids, index, context, seed):
-    """Training example number `index` of the endless sequence: context + 1 ids.
+def window(ids: Tensor, index: int, context: int, seed: int) -> Tensor:
+    """Training example number `index` of an endless sequence: (context + 1,) int64.
 
-    Each epoch cuts the row anew, at a random offset and in a random order, both from (seed, epoch): the position in
-    the data is the example's number and nothing else, which is what makes a resumed run exact.
+    Each epoch cuts the row ids (N,) anew, at a random offset, and takes the windows in a random order. Both depend on
+    (seed, epoch) alone, so an example depends on its number alone, and a resumed run goes on exactly.
     """
     per_epoch = (len(ids) - 1) // context - 1
     epoch, place = divmod(index, per_epoch)
-    g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    offset = int(torch.randint(context, (), generator=g))
-    start = offset + int(torch.randperm(per_epoch, generator=g)[place]) * context
-    return ids[start:start + context + 1].long()
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    offset = int(torch.randint(context, (), generator=generator))
+    start = offset + int(torch.randperm(per_epoch, generator=generator)[place]) * context
+    return ids[start : start + context + 1].long()
 
 
-@torch.no_grad()
-def evaluate(objective, ids, context, batch_size, max_tokens, amp, device, reference=None):
-    """Loss and agreement of every exit on consecutive windows of the validation ids. A progress bar shows where it is.
+@dataclass(frozen=True)
+class Data:
+    """The text in ids, and this process's examples of each step."""
 
-    Returns (losses (L,) in nats per token, agreement (L,): share of positions where the exit's greedy token is the
-    last layer's, or that of another model, the reference; tokens counted).
-    """
-    count = min((len(ids) - 1) // context, max(1, max_tokens // context))
-    starts = torch.linspace(0, len(ids) - 1 - context, count).long()
-    losses = agreement = 0
-    for chunk in tqdm(starts.split(batch_size), desc="evaluating", leave=False, disable=None):
-        batch = torch.stack([ids[s:s + context + 1] for s in chunk.tolist()]).long().to(device)
-        with amp:
-            loss, choices = objective.exits(batch[:, :-1], batch[:, 1:])
-            wanted = reference.logits(reference(batch[:, :-1])).argmax(-1) if reference else choices[-1]
-        losses = losses + loss.double().cpu()
-        agreement = agreement + (choices == wanted).sum((1, 2)).double().cpu()
-    total = count * context
-    return losses / total, agreement / total, total
+    train_ids: Tensor  # (N,) int32
+    val_ids: Tensor  # (M,) int32
+    context: int  # T
+    batch_size: int  # B
+    rows: slice  # this process's b of the B examples of a step
+    seed: int
+    device: torch.device
+
+    def batch(self, step: int) -> Tensor:
+        """(b, T + 1) int64 on the device: inputs and, one further, targets."""
+        first = step * self.batch_size
+        indices = range(first, first + self.batch_size)[self.rows]
+        windows = [window(self.train_ids, index, self.context, self.seed) for index in indices]
+        return torch.stack(windows).to(self.device)
+
+    def validate(self, objective: LayerSkipLoss, max_tokens: int, autocast: AbstractContextManager) -> Evaluation:
+        """Every exit's loss and agreement on at most `max_tokens` of the validation text."""
+        objective.model.eval()
+        batch_size = self.rows.stop - self.rows.start
+        result = evaluate(objective, self.val_ids, self.context, batch_size, max_tokens, autocast, self.device)
+        objective.model.train()
+        return result
 
 
-def initialize(model):
+def load_data(
+    args: argparse.Namespace,
+    training: list[Document],
+    validation: list[Document],
+    tokenizer: Tokenizer,
+    shard: Shard,
+    device: torch.device,
+) -> Data:
+    """The documents in ids. Raises InputError if they are too short to train and validate on."""
+    ids = encode_documents(training, tokenizer)
+    val_ids = encode_documents(validation, tokenizer)
+    if len(ids) < 3 * args.context or len(val_ids) <= args.context:
+        found = f"{len(ids)} training and {len(val_ids)} validation tokens"
+        raise InputError(f"too little text: {found} for --context {args.context}")
+    share = args.batch_size // shard.size
+    rows = slice(shard.rank * share, (shard.rank + 1) * share)
+    return Data(ids, val_ids, args.context, args.batch_size, rows, args.seed, device)
+
+
+# Model: a new one, or one made of a checkpoint's layers.
+
+
+def initialize(model: Transformer) -> None:
     """Random weights as GPT-2's: what writes into the residual stream starts smaller."""
     for name, weight in model.named_parameters():
         if weight.dim() == 2:
@@ -220,36 +400,84 @@ def initialize(model):
             nn.init.normal_(weight, std=0.02 / shrink)
 
 
-def restack(model, order):
-    """A model made of a trained one's layers, by their numbers from 1, and where order has a 0, of a new layer that begins as
-    the identity (block expansion, Wu et al. 2401.02415). Raises InputError for a layer that isn't there."""
+def new_model(args: argparse.Namespace, tokenizer: Tokenizer) -> Transformer:
+    """A model of the given size, with random weights."""
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        dim=args.dim,
+        n_layer=args.n_layer,
+        n_head=args.n_head,
+        n_kv_head=args.n_kv_head or args.n_head,
+        head_dim=args.dim // args.n_head,
+        intermediate_size=args.intermediate_size,
+        context=args.context,
+        tied=not args.untied,
+        bos_id=tokenizer.bos_id,
+        eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+    )
+    model = Transformer(config)
+    initialize(model)
+    return model
+
+
+def load_base(path: Path, layers: list[int] | None) -> Transformer:
+    """The checkpoint to train on; where `layers` is given, a model made of its layers."""
+    model = load_model(path).requires_grad_(True).train()
+    if model.config.quantization:
+        kind = model.config.quantization
+        raise InputError(f"--checkpoint_path {path}: is quantized ({kind}); train the checkpoint that it was made from")
+    if layers:
+        model = restack(model, layers)
+    return model
+
+
+def restack(model: Transformer, order: list[int]) -> Transformer:
+    """A new model made of a trained one's layers, in the given order. They count from 1.
+
+    0 stands for a new layer, which begins as the identity (block expansion, Wu et al., arXiv 2401.02415). Raises
+    InputError for a layer that isn't there.
+    """
     for number in order:
         if not 0 <= number <= model.config.n_layer:
-            raise InputError(f"--layers {number}: the checkpoint has layers 1 to {model.config.n_layer}; 0 is a new one")
+            known = f"the checkpoint has layers 1 to {model.config.n_layer}; 0 is a new one"
+            raise InputError(f"--layers {number}: {known}")
     new = Transformer(replace(model.config, n_layer=len(order)))
     initialize(new)
     for name in ("embed", "norm", "head"):
         getattr(new, name).load_state_dict(getattr(model, name).state_dict())
-    for layer, number in zip(new.layers, order):
+    for layer, number in zip(new.layers, order, strict=True):
         if number:
             layer.load_state_dict(model.layers[number - 1].state_dict())
         else:
-            nn.init.zeros_(layer.attention.wo.weight), nn.init.zeros_(layer.ffn.w2.weight)
+            nn.init.zeros_(layer.get_parameter("attention.wo.weight"))
+            nn.init.zeros_(layer.get_parameter("ffn.w2.weight"))
     return new
 
 
-class Muon(torch.optim.Optimizer):
-    """Nesterov momentum whose update of each matrix is made orthogonal by five Newton-Schulz steps (Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon), scaled to AdamW's usual size (Liu et al. 2502.16982).
+def shard_weights(objective: LayerSkipLoss, device: torch.device, world_size: int) -> None:
+    """Leave each process a part of every weight (FSDP2)."""
+    mesh = init_device_mesh(device.type, (world_size,))
+    for part in (*objective.model.layers, objective):  # layer by layer, so that no device ever has the whole model
+        fully_shard(part, mesh=mesh)
+    register_fsdp_forward_method(objective, "exits")
 
-    In float32, unlike torch.optim.Muon, whose bfloat16 products took a minute per step on a processor that lacks it.
+
+# Optimizer.
+
+
+class Muon(Optimizer):
+    """Nesterov momentum whose update of each matrix is made orthogonal by five Newton-Schulz steps.
+
+    The method is Jordan et al.'s (2024, https://kellerjordan.github.io/posts/muon). The update is scaled to AdamW's
+    usual size (Liu et al., arXiv 2502.16982). All is float32: torch.optim.Muon multiplies in bfloat16, which took a
+    minute per step on a processor that lacks it.
     """
 
-    def __init__(self, params, lr, weight_decay, momentum=0.95):
+    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:  # type: ignore[override]  # without the closure that other optimizers take
         for group in self.param_groups:
             for w in group["params"]:
                 if w.grad is None:
@@ -263,316 +491,522 @@ class Muon(torch.optim.Optimizer):
                 w.add_(update, alpha=-0.2 * group["lr"] * math.sqrt(max(w.shape)))
 
 
-def orthogonalize(m):
-    """The nearest orthogonal matrix to m (A, B), roughly: singular values between 0.7 and 1.2 instead of 1."""
-    x = m if m.shape[0] <= m.shape[1] else m.T
+def orthogonalize(m: Tensor) -> Tensor:
+    """Roughly the orthogonal matrix nearest to m (A, B): its singular values are between 0.7 and 1.2 instead of 1."""
+    is_tall = m.shape[0] > m.shape[1]
+    x = m.T if is_tall else m
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
-    return x if m.shape[0] <= m.shape[1] else x.T
+        polynomial = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.addmm(x, polynomial, x, beta=3.4445)
+    return x.T if is_tall else x
 
 
-def make_optimizers(model, kind, lr, weight_decay):
-    """AdamW over everything, or Muon over the layers' matrices with AdamW for the rest (embedding, head, norms)."""
-    layers = [w for w in model.layers.parameters() if w.dim() == 2] if kind == "muon" else []
-    muon = {id(w) for w in layers}
-    rest = [w for w in model.parameters() if id(w) not in muon]
-    groups = [{"params": [w for w in rest if w.dim() == 2], "weight_decay": weight_decay},
-              {"params": [w for w in rest if w.dim() != 2], "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
-    if layers:
-        optimizers.append(Muon(layers, lr, weight_decay))
+def make_optimizers(model: Transformer, kind: str, lr: float, weight_decay: float) -> list[Optimizer]:
+    """AdamW over everything; or Muon over the layers' matrices, and AdamW over the rest (embedding, head, norms)."""
+    in_layers = set(map(id, model.layers.parameters()))
+    muon, matrices, vectors = [], [], []
+    for w in model.parameters():
+        if w.dim() != 2:
+            vectors.append(w)
+        elif kind == "muon" and id(w) in in_layers:
+            muon.append(w)
+        else:
+            matrices.append(w)
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizers: list[Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
+    if muon:
+        optimizers.append(Muon(muon, lr, weight_decay))
     return optimizers
 
 
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = p.add_argument
-    g = p.add_argument_group("data")
-    g.add_argument("--data", nargs="+", required=True, help="text files, or folders that are searched for them")
-    g.add_argument("--include", default="*", help="pattern of file names to take from folders")
-    g.add_argument("--exclude", nargs="*", default=[], help="patterns of names (relative to the folder) to leave out")
-    g.add_argument("--val_fraction", type=float, default=0.03, help="share of the files held out for validation")
-    g.add_argument("--tokenizer", type=Path, help="folder with a tokenizer (default: the checkpoint's, or train one)")
-    g.add_argument("--vocab_size", type=int, default=4096, help="of the tokenizer trained here")
-    g = p.add_argument_group("model")
-    g.add_argument("--checkpoint_path", type=Path, help="continue from this model.pth instead of starting from scratch")
-    g.add_argument("--layers", type=int, nargs="+", metavar="N", help="with --checkpoint_path: which of its layers the model gets, from 1, in this order; 0: a new one, at first without effect")
-    g.add_argument("--n_layer", type=int, default=12)
-    g.add_argument("--dim", type=int, default=320)
-    g.add_argument("--n_head", type=int, default=5)
-    g.add_argument("--n_kv_head", type=int, help="default: as many as --n_head")
-    g.add_argument("--intermediate_size", type=int, default=832)
-    g.add_argument("--context", type=int, default=512, help="tokens per training example; the new model's context")
-    g.add_argument("--untied", action="store_true", help="give the output head weights of its own")
-    g = p.add_argument_group("recipe")
-    g.add_argument("--max_dropout", type=float, default=0.1, help="p_max: how often the last layer is skipped")
-    g.add_argument("--exit_scale", type=float, default=1.0, help="e_scale: how much the early exits weigh in the loss")
-    g.add_argument("--exit_power", type=float, help="exits before the last weigh --exit_scale * (layer number)^this, the last 1 (default: the paper's weights)")
-    g.add_argument("--curriculum", choices=["rotational", "gradual"], default="rotational")
-    g.add_argument("--rotation", type=int, default=4, help="R: every R-th exit is trained in a step (rotational)")
-    g = p.add_argument_group("optimization")
-    g.add_argument("--steps", type=int, default=4000)
-    g.add_argument("--batch_size", type=int, default=8, help="examples per step, over all processes")
-    g.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for the layers' matrices")
-    g.add_argument("--lr", type=float, default=2e-3, help="peak learning rate; warm-up, then cosine to a tenth")
-    g.add_argument("--warmup", type=int, default=100, help="steps")
-    g.add_argument("--weight_decay", type=float, default=0.1)
-    g.add_argument("--grad_clip", type=float, default=1.0)
-    g.add_argument("--seed", type=int, default=0)
-    g = p.add_argument_group("run")
-    g.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
-    g.add_argument("--resume", action="store_true", help="go on from the state in --out, with the same settings")
-    g.add_argument("--save_every", type=int, default=500, help="steps between saved states")
-    g.add_argument("--eval_every", type=int, default=500, help="steps between validations on --eval_tokens tokens")
-    g.add_argument("--eval_tokens", type=int, default=20_000)
-    g.add_argument("--exit_layer", type=int, help="exit whose loss the progress shows (default: a quarter of the way)")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    g.add_argument("--precision", choices=["bfloat16", "float32"], help="of the products; weights stay float32 (default: bfloat16 where the processor multiplies it)")
-    g.add_argument("--save_precision", choices=["bfloat16", "float32"], default="bfloat16", help="of model.pth")
-    g.add_argument("--compile", action="store_true", help="compile the layers")
-    g.add_argument("--fsdp", action="store_true", help="under torchrun, for models that need it: each process keeps a part of weights, gradients and optimizer state (FSDP2), instead of a copy")
-    return p.parse_args(argv)
+def optimizer_step(optimizers: list[Optimizer], learning_rate: float) -> None:
+    """Take a step with the gradients, and clear them."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+        optimizer.zero_grad()
 
 
-# What may differ between an interrupted run and the one that resumes it. With the same settings the run goes on exactly;
-# the schedule's length and the exits' weights may be changed on purpose.
-FREE_TO_CHANGE = {"resume", "save_every", "eval_every", "eval_tokens", "exit_layer", "compile", "out", "device",
-                  "steps", "rotation", "exit_scale", "exit_power"}
+# Checkpoint: the state of an unfinished run, and the finished model.
+
+STATE_FILE = "train_state.pth"
+
+# What may differ between an interrupted run and the one that resumes it. With the same settings the run goes on
+# exactly. The number of steps and the exits' weights may be changed on purpose.
+FREE_TO_CHANGE = {
+    "resume",
+    "save_every",
+    "eval_every",
+    "eval_tokens",
+    "exit_layer",
+    "compile",
+    "out",
+    "device",
+    "steps",
+    "rotation",
+    "exit_scale",
+    "exit_power",
+}
 
 
-def check_args(args):
+def full_state(model: Transformer, optimizers: list[Optimizer], fsdp: bool) -> dict[str, Any]:
+    """{"model", "optimizers"}: the state dicts as a single process has them.
+
+    Under FSDP all processes must call it, and the first one gets the state, on the CPU.
+    """
+    if not fsdp:
+        return {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    saved = [get_optimizer_state_dict(model, optimizer, options=options) for optimizer in optimizers]
+    return {"model": get_model_state_dict(model, options=options), "optimizers": saved}
+
+
+def load_full_state(state: dict[str, Any], model: Transformer, optimizers: list[Optimizer], fsdp: bool) -> None:
+    """Load what `full_state` returned, in place."""
+    pairs = zip(optimizers, state["optimizers"], strict=True)
+    if not fsdp:
+        model.load_state_dict(state["model"])
+        for optimizer, saved in pairs:
+            optimizer.load_state_dict(saved)
+        return
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, state["model"], options=options)
+    for optimizer, saved in pairs:
+        set_optimizer_state_dict(model, optimizer, saved, options=options)
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """The state of a run that is not finished, in one file. With it the run goes on exactly where it stopped."""
+
+    path: Path
+    settings: dict[str, str]  # which the run that resumes must share
+    model: Transformer
+    optimizers: list[Optimizer]
+    rank: int
+    fsdp: bool
+
+    def save(self, step: int) -> None:
+        """Write the state after `step` steps, whole or not at all. All processes must call it; the first one writes."""
+        state = {}
+        if self.rank == 0 or self.fsdp:
+            state = full_state(self.model, self.optimizers, self.fsdp)
+        if self.rank == 0:
+            partial = self.path.with_suffix(".partial")
+            torch.save({**state, "step": step, "settings": self.settings}, partial)
+            partial.replace(self.path)
+
+    def load(self, device: torch.device) -> int:
+        """Load the state, and return the number of steps it has behind it. Raises InputError if it isn't this run's."""
+        state: dict[str, Any] = read_state(self.path, device)
+        if not {"settings", "model", "optimizers", "step"} <= state.keys():
+            raise InputError(f"--resume: {self.path} is not the state of a training run")
+        for name, value in self.settings.items():
+            before = state["settings"].get(name)
+            if value != before:
+                raise InputError(f"--resume: {name} was {before} in {self.path}, now {value}")
+        load_full_state(state, self.model, self.optimizers, self.fsdp)
+        return state["step"]
+
+
+def fixed_settings(args: argparse.Namespace, training_tokens: int) -> dict[str, str]:
+    """What a run that resumes must share with the interrupted one."""
+    settings = {name: str(value) for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
+    settings["training tokens"] = str(training_tokens)
+    return settings
+
+
+def save_model(path: Path, state: dict[str, Tensor], config: ModelConfig, precision: str, tokens_seen: int) -> None:
+    """Write the finished model.pth, and the model.json beside it."""
+    note = f"trained by scripts/train.py on {tokens_seen} tokens"
+    config.source = f"{config.source}, {note}" if config.source else note
+    if config.tied:  # the file has no head then
+        state = {name: tensor for name, tensor in state.items() if name != "head.weight"}
+    dtype = getattr(torch, precision)
+    save_checkpoint(path, {name: tensor.to("cpu", dtype) for name, tensor in state.items()}, config)
+
+
+# Report.
+
+
+class Report:
+    """A progress bar, and train_log.jsonl with a line for each validation. Only the first process writes anything."""
+
+    def __init__(self, args: argparse.Namespace, config: ModelConfig, first_step: int, rank: int) -> None:
+        """Raises InputError if the model doesn't have the --exit_layer."""
+        self.exit_layer = config.default_exit if args.exit_layer is None else args.exit_layer
+        if not 1 <= self.exit_layer <= config.n_layer:
+            raise InputError(f"--exit_layer {self.exit_layer}: the model has {config.n_layer} layers")
+        self.exit_loss = math.nan  # the newest known: not every step computes this exit's
+        self.first_step = first_step
+        self.tokens_per_step = args.batch_size * args.context
+        self.rank = rank
+        self.log = args.out / "train_log.jsonl"
+        if rank == 0 and not args.resume:
+            self.log.write_text("")
+        disable = None if rank == 0 else True  # None: tqdm shows the bar only in a terminal
+        self.bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=disable, smoothing=0.05)
+        self.began = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Since the first step began."""
+        return time.perf_counter() - self.began
+
+    def step(self, losses: Tensor) -> None:
+        """One step more is done. losses: (L,), NaN for the exits that it didn't compute."""
+        exit_loss = losses[self.exit_layer - 1]
+        if not exit_loss.isnan():
+            self.exit_loss = exit_loss.item()
+        text = f"loss {losses[-1]:.3f}, exit {self.exit_layer} {self.exit_loss:.3f}"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+
+    def write(self, step: int, result: Evaluation, **more: float) -> None:
+        """Add a line to the log."""
+        record = {"step": step, "val_loss": result.losses.tolist(), "agreement": result.agreement.tolist(), **more}
+        with open(self.log, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def validation(self, step: int, result: Evaluation) -> None:
+        """A validation during the run, for the log and for people."""
+        if self.rank != 0:
+            return
+        self.write(step, result, seconds=self.seconds())
+        loss, share = result.losses[self.exit_layer - 1], result.agreement[self.exit_layer - 1]
+        at_exit = f"at exit {self.exit_layer} {loss:.3f}, agreement there {share:.1%}"
+        self.bar.write(f"step {step}: validation loss {result.losses[-1]:.3f}, {at_exit}", file=sys.stderr)
+
+    def end(self, step: int, result: Evaluation, seconds: float, training_tokens: int) -> None:
+        """The log's last line: the validation of the finished model, and how fast the steps of this call were."""
+        tokens = (step - self.first_step) * self.tokens_per_step
+        self.write(
+            step,
+            result,
+            val_tokens=result.tokens,
+            seconds=seconds,
+            tokens_per_second=tokens / max(seconds, 1e-9),
+            tokens_seen=step * self.tokens_per_step,
+            training_tokens=training_tokens,
+        )
+
+
+def print_table(path: Path, result: Evaluation) -> None:
+    """Every exit's loss and agreement, for people."""
+    print(f"{path}: validation on {result.tokens} tokens of held-out text")
+    print("exit   loss  agreement with the last layer")
+    for number, (loss, share) in enumerate(zip(result.losses, result.agreement, strict=True), 1):
+        print(f"{number:4d}  {loss:.3f}  {share:.1%}")
+
+
+# Options.
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("data").add_argument
+    add("--data", nargs="+", required=True, help="text files, and folders with text files")
+    add("--include", default="*", help="take files of folders whose names match this pattern (default: %(default)s)")
+    add("--exclude", nargs="*", default=[], help="leave out files whose path in the folder matches a pattern")
+    add("--val_fraction", type=float, default=0.03, help="share of the files for validation (default: %(default)s)")
+    add("--tokenizer", type=Path, help="folder with a tokenizer (default: the checkpoint's, or a newly trained one)")
+    add("--vocab_size", type=int, default=4096, help="tokens of a newly trained tokenizer (default: %(default)s)")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add("--checkpoint_path", type=Path, help="model.pth to continue from (default: train from scratch)")
+    add(
+        "--layers",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="take these layers of the checkpoint, counted from 1, in this order; "
+        "0 adds a new layer, at first without effect",
+    )
+    add("--n_layer", type=int, default=12, help="layers of a new model (default: %(default)s)")
+    add("--dim", type=int, default=320, help="width of a new model (default: %(default)s)")
+    add("--n_head", type=int, default=5, help="query heads of a new model (default: %(default)s)")
+    add("--n_kv_head", type=int, help="key/value heads of a new model (default: as many as --n_head)")
+    add("--intermediate_size", type=int, default=832, help="a new model's feed-forward width (default: %(default)s)")
+    add("--context", type=int, default=512, help="tokens per example, and a new model's context (default: %(default)s)")
+    add("--untied", action="store_true", help="give a new model's output head its own weights, not the embedding's")
+
+
+def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("recipe").add_argument
+    add("--max_dropout", type=float, default=0.1, help="p_max: how often to skip the last layer (default: %(default)s)")
+    add("--exit_scale", type=float, default=1.0, help="e_scale: weight of the early exits (default: %(default)s)")
+    add(
+        "--exit_power",
+        type=float,
+        help="weigh the early exits --exit_scale * (layer number)^this, and the last 1 (default: the paper's weights)",
+    )
+    add(
+        "--curriculum",
+        choices=["rotational", "gradual"],
+        default="rotational",
+        help="which exits are in the loss at a step (default: %(default)s)",
+    )
+    add("--rotation", type=int, default=4, help="R: rotational takes every R-th exit at a step (default: %(default)s)")
+
+
+def add_optimization_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("optimization").add_argument
+    add("--steps", type=int, default=4000, help="steps of the whole run (default: %(default)s)")
+    add("--batch_size", type=int, default=8, help="examples per step, over all processes (default: %(default)s)")
+    add(
+        "--optimizer",
+        choices=["adamw", "muon"],
+        default="adamw",
+        help="muon trains the layers' matrices, and leaves the rest to adamw (default: %(default)s)",
+    )
+    add("--lr", type=float, default=2e-3, help="peak learning rate; it ends at a tenth (default: %(default)s)")
+    add("--warmup", type=int, default=100, help="steps until the learning rate's peak (default: %(default)s)")
+    add("--weight_decay", type=float, default=0.1, help="decay of the matrices (default: %(default)s)")
+    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
+    add("--seed", type=int, default=0, help="same seed, same run (default: %(default)s)")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("run").add_argument
+    dtypes = ["bfloat16", "float32"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--out", type=Path, required=True, help="checkpoint folder to write")
+    add("--resume", action="store_true", help="continue the interrupted run in --out, with the same settings")
+    add("--save_every", type=int, default=500, help="steps between saved states; 0: none (default: %(default)s)")
+    add("--eval_every", type=int, default=500, help="steps between validations; 0: none (default: %(default)s)")
+    add("--eval_tokens", type=int, default=20_000, help="tokens to use in those validations (default: %(default)s)")
+    add("--exit_layer", type=int, help="exit whose loss is shown on the way (default: a quarter of the way up)")
+    add("--device", default=device, help="such as cpu or cuda (default here: %(default)s)")
+    add("--precision", choices=dtypes, help="of the products, not the weights (default: bfloat16 where it is fast)")
+    add("--save_precision", choices=dtypes, default="bfloat16", help="of model.pth (default: %(default)s)")
+    add("--compile", action="store_true", help="compile the layers")
+    add("--fsdp", action="store_true", help="under torchrun: split the training state over the processes (FSDP2)")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options as given; `train` checks them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_data_options(parser)
+    add_model_options(parser)
+    add_recipe_options(parser)
+    add_optimization_options(parser)
+    add_run_options(parser)
+    return parser.parse_args(argv)
+
+
+RANGES = {  # option: (smallest, largest value)
+    "steps": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "context": (1, math.inf),
+    "n_layer": (1, math.inf),
+    "n_head": (1, math.inf),
+    "intermediate_size": (1, math.inf),
+    "rotation": (1, math.inf),
+    "vocab_size": (1, math.inf),
+    "warmup": (0, math.inf),
+    "save_every": (0, math.inf),
+    "eval_every": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "exit_scale": (0, math.inf),
+    "seed": (0, 2**40),
+    "max_dropout": (0, 1),
+    "val_fraction": (1e-4, 0.9),
+    "lr": (1e-12, math.inf),
+    "grad_clip": (1e-12, math.inf),
+    "eval_tokens": (1, math.inf),
+}
+
+
+def check_args(args: argparse.Namespace, world_size: int) -> None:
     """Raise InputError for the first setting that can't be trained with."""
-    for names, low, high in ((("steps", "batch_size", "context", "n_layer", "n_head", "intermediate_size", "rotation", "vocab_size"), 1, math.inf),
-                             (("warmup", "save_every", "eval_every", "weight_decay", "exit_scale"), 0, math.inf), (("seed",), 0, 2**40),
-                             (("max_dropout",), 0, 1), (("val_fraction",), 1e-4, 0.9), (("lr", "grad_clip"), 1e-12, math.inf), (("eval_tokens",), 1, math.inf)):
-        for name in names:
-            if not low <= getattr(args, name) <= high:  # false for NaN too
-                raise InputError(f"--{name} {getattr(args, name)}: must be {low} to {high}")
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name)
+        if not low <= value <= high:  # also where it is NaN
+            raise InputError(f"--{name} {value}: must be {low} to {high}")
     if args.dim < 1 or args.dim % (2 * args.n_head):
         raise InputError(f"--dim {args.dim}: must be an even multiple of --n_head {args.n_head}")
     if args.n_kv_head is not None and (args.n_kv_head < 1 or args.n_head % args.n_kv_head):
         raise InputError(f"--n_kv_head {args.n_kv_head}: must divide --n_head {args.n_head}")
-    if args.fsdp and (args.optimizer == "muon" or start().size == 1):
-        raise InputError("--fsdp: is for several processes, which torchrun starts, and for --optimizer adamw: Muon needs whole matrices")
+    if args.fsdp and world_size == 1:
+        raise InputError("--fsdp: needs several processes, which torchrun starts")
+    if args.fsdp and args.optimizer == "muon":
+        raise InputError("--fsdp: needs --optimizer adamw, as Muon needs whole matrices")
     if args.layers and not args.checkpoint_path:
         raise InputError("--layers: needs --checkpoint_path, the model that they come from; a new one has --n_layer")
     if args.tokenizer:
         Tokenizer.load(args.tokenizer)
     check_device(args.device)
-    if args.precision is None:
-        fast = torch.device(args.device).type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        args.precision = "bfloat16" if fast else "float32"
+    if args.batch_size % world_size:
+        raise InputError(f"--batch_size {args.batch_size} doesn't divide over {world_size} processes")
 
 
-def full_state(model, optimizers, fsdp):
-    """{"model", "optimizers"}: their states as one process has them, on the CPU. Under FSDP all processes must ask, and the first gets it."""
-    if not fsdp:
-        return {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return {"model": get_model_state_dict(model, options=options), "optimizers": [get_optimizer_state_dict(model, o, options=options) for o in optimizers]}
+def check_folder(out: Path, resume: bool) -> None:
+    """Raise InputError unless the run can begin in the folder, or resume there."""
+    state = out / STATE_FILE
+    if resume and not state.is_file():
+        raise InputError(f"--resume: {state} not found; start the run without --resume")
+    if not resume and state.is_file():
+        raise InputError(f"{out}: holds an unfinished run; pass --resume to go on with it, or delete {state}")
+    if not resume and (out / "model.pth").is_file():
+        raise InputError(f"--out {out}: holds a finished checkpoint; name another folder")
 
 
-def load_full_state(state, model, optimizers, fsdp):
-    """Set what `full_state` gave."""
-    options = StateDictOptions(full_state_dict=True)
-    if fsdp:
-        set_model_state_dict(model, state["model"], options=options)
-    else:
-        model.load_state_dict(state["model"])
-    for optimizer, saved in zip(optimizers, state["optimizers"]):
-        if fsdp:
-            set_optimizer_state_dict(model, optimizer, saved, options=options)
-        else:
-            optimizer.load_state_dict(saved)
+def default_precision(device: str) -> str:
+    """bfloat16 where the processor multiplies it."""
+    if torch.device(device).type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "bfloat16"
+    return "float32"
 
 
-def train(args):
-    """Run the training that `parse_args` describes; returns the list of losses J of the steps that this call ran."""
-    check_args(args)
-    shard = start()
-    world, rank = shard.size, shard.rank
-    device = torch.device(shard.device(args.device))
+# The run.
+
+
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of ending at once: the step is always finished, and its state saved."""
+    caught: list[int] = []
+
+    def catch(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+
+    previous = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, catch)
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def in_any_process(flag: bool, device: torch.device, world_size: int) -> bool:
+    """Whether `flag` is set in any process. All must call it, and get the same answer: they stop at the same step."""
+    total = torch.tensor(int(flag), device=device)
+    if world_size > 1:
+        dist.all_reduce(total)
+    return bool(total)
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether `step` is one of every `every`; none is, where that is 0."""
+    return every > 0 and step % every == 0
+
+
+def own_device(name: str, shard: Shard) -> torch.device:
+    """Where this process computes. A GPU becomes the current one."""
+    device = torch.device(shard.device(name))
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
-    if args.batch_size % world:
-        raise InputError(f"--batch_size {args.batch_size} doesn't divide over {world} processes")
-    state_path = args.out / "train_state.pth"
-    if args.resume and not state_path.is_file():
-        raise InputError(f"--resume: {state_path} not found; start the run without --resume")
-    if not args.resume and state_path.is_file():
-        raise InputError(f"{args.out}: holds an unfinished run; pass --resume to go on with it, or delete {state_path}")
-    if not args.resume and (args.out / "model.pth").is_file():
-        raise InputError(f"--out {args.out}: holds a finished checkpoint; name another folder")
+    return device
 
+
+def mixed_precision(precision: str, device: torch.device) -> AbstractContextManager:
+    """A context in which products have this precision. The weights stay float32."""
+    if precision == "bfloat16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def load_data_and_model(args: argparse.Namespace, shard: Shard, device: torch.device) -> tuple[Data, LayerSkipLoss]:
+    """The data, and the objective around the model. Puts the tokenizer into --out."""
     documents = read_documents(args.data, args.include, args.exclude)
-    held_out = [d for d in documents if is_held_out(d[0], args.val_fraction)]
-    kept = [d for d in documents if not is_held_out(d[0], args.val_fraction)]
-    if not held_out or not kept:  # too few files to split by name: split the text
-        text = "".join(text for _, text in documents)
-        cut = int(len(text) * (1 - args.val_fraction))
-        kept, held_out = [("head", text[:cut])], [("tail", text[cut:])]
-
+    training, validation = split_documents(documents, args.val_fraction)
     torch.manual_seed(args.seed)
-    base = load_model(args.checkpoint_path).requires_grad_(True).train() if args.checkpoint_path else None
-    if base and base.config.quantization:
-        raise InputError(f"--checkpoint_path {args.checkpoint_path}: is quantized ({base.config.quantization}); train the checkpoint that it was made from")
-    if args.layers:
-        base = restack(base, args.layers)
-    args.out.mkdir(parents=True, exist_ok=True)
-    source = args.tokenizer or (args.checkpoint_path.parent if base else None)
-    if rank == 0 and source and source.resolve() != args.out.resolve():
-        Tokenizer.load(source).save(args.out)
-    if rank == 0 and not source and not args.resume:
-        train_tokenizer((text for _, text in kept), args.vocab_size, args.out)
-    shard.gather(None)  # the tokenizer is there
-    tokenizer = Tokenizer.load(args.out)
-
-    if base:
-        model = base
-    else:
-        config = ModelConfig(
-            vocab_size=tokenizer.vocab_size, dim=args.dim, n_layer=args.n_layer, n_head=args.n_head,
-            n_kv_head=args.n_kv_head or args.n_head, head_dim=args.dim // args.n_head,
-            intermediate_size=args.intermediate_size, context=args.context, tied=not args.untied,
-            bos_id=tokenizer.bos_id, eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,))
-        model = Transformer(config)
-        initialize(model)
+    base = load_base(args.checkpoint_path, args.layers) if args.checkpoint_path else None
+    tokenizer = prepare_tokenizer(args, training, shard)
+    model = base or new_model(args, tokenizer)
     objective = LayerSkipLoss(model)
     if args.fsdp:
-        mesh = init_device_mesh(device.type, (world,))
-        for part in (*model.layers, objective):  # layer by layer, so that no device ever has the whole model
-            fully_shard(part, mesh=mesh)
-        register_fsdp_forward_method(objective, "exits")
+        shard_weights(objective, device, shard.size)
     model.to(device)
-    config = model.config
-    tokenizer.check_model(config.vocab_size)
-    ids = encode_documents(kept, tokenizer)
-    val_ids = encode_documents(held_out, tokenizer)
-    if len(ids) < 3 * args.context or len(val_ids) <= args.context:
-        raise InputError(f"too little text: {len(ids)} training and {len(val_ids)} validation tokens for --context {args.context}")
+    tokenizer.check_model(model.config.vocab_size)
+    return load_data(args, training, validation, tokenizer, shard, device), objective
 
-    optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
 
-    def learning_rate(step):
-        if step < args.warmup:
-            return args.lr * (step + 1) / args.warmup
-        progress = (step - args.warmup) / max(1, args.steps - args.warmup)  # 0 to 1
-        return args.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
-
-    settings = {k: str(v) for k, v in vars(args).items() if k not in FREE_TO_CHANGE}
-    settings["training tokens"] = str(len(ids))
-    first_step, history = 0, []
-    if args.resume:
-        state = read_state(state_path, device)
-        if not {"settings", "model", "optimizers", "step"} <= state.keys():
-            raise InputError(f"--resume: {state_path} is not the state of a training run")
-        changed = [k for k in settings if settings[k] != state["settings"].get(k)]
-        if changed:
-            raise InputError(f"--resume: {changed[0]} was {state['settings'].get(changed[0])} in {state_path}, now {settings[changed[0]]}")
-        load_full_state(state, model, optimizers, args.fsdp)
-        first_step = state["step"]
-
+def parallelize(objective: LayerSkipLoss, args: argparse.Namespace, world_size: int) -> nn.Module:
+    """What a step calls: the objective, compiled if asked for, and wrapped so that processes share their gradients."""
     if args.compile:
-        for layer in model.layers:
+        for layer in objective.model.layers:
             layer.compile()
-    wrapped = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=True) if world > 1 and not args.fsdp else objective
-    amp = torch.autocast(device.type, torch.bfloat16) if args.precision == "bfloat16" else nullcontext()
-    shown = config.default_exit if args.exit_layer is None else args.exit_layer
-    if not 1 <= shown <= config.n_layer:
-        raise InputError(f"--exit_layer {shown}: the model has {config.n_layer} layers")
-    share = args.batch_size // world
+    if world_size > 1 and not args.fsdp:
+        return nn.parallel.DistributedDataParallel(objective, find_unused_parameters=True)
+    return objective
 
-    def save_state(step):
-        state = full_state(model, optimizers, args.fsdp) if rank == 0 or args.fsdp else {}
-        if rank == 0:
-            partial = state_path.with_suffix(".partial")
-            torch.save({**state, "step": step, "settings": settings}, partial)
-            partial.replace(state_path)
 
-    def interrupted():
-        """Whether any process was told to stop: they must all leave the loop at the same step."""
-        flag = torch.tensor(len(stop), device=device)
-        if world > 1:
-            dist.all_reduce(flag)
-        return bool(flag)
+def compute_gradients(
+    parallel: nn.Module, data: Data, schedule: Schedule, step: int, autocast: AbstractContextManager
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward on this process's part of the batch; returns the loss J and the exits' losses (L,)."""
+    batch = data.batch(step)  # (b, T + 1)
+    keep = schedule.keep(step)  # (L, B)
+    own = keep[:, data.rows]  # (L, b)
+    called = (keep if schedule.args.fsdp else own).any(1)  # (L,)
+    weights = schedule.weights(step)  # (L,)
+    with autocast:
+        loss, losses = parallel(batch[:, :-1], batch[:, 1:], own, weights, called)
+    loss.backward()
+    return loss, losses
 
-    def validate(tokens):
-        model.eval()
-        result = evaluate(objective, val_ids, args.context, share, tokens, amp, device)
-        model.train()
-        return result
 
-    log = open(args.out / "train_log.jsonl", "a" if args.resume else "w") if rank == 0 else None
-    bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=None if rank == 0 else True, smoothing=0.05)
-    step, began, exit_loss = first_step, time.perf_counter(), math.nan
-    stop = []  # signals that came; a step is always finished first, so that the saved state is consistent
-    previous = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        while step < args.steps and not interrupted():
-            due = args.eval_every and step % args.eval_every == 0 and step > first_step
-            if due and (rank == 0 or args.fsdp):
-                losses, agreement, _ = validate(args.eval_tokens)
-            if due and rank == 0:
-                record = {"step": step, "val_loss": losses.tolist(), "agreement": agreement.tolist(), "seconds": time.perf_counter() - began}
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-                bar.write(f"step {step}: validation loss {losses[-1]:.3f}, at exit {shown} {losses[shown - 1]:.3f}, agreement there {agreement[shown - 1]:.1%}", file=sys.stderr)
-            g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-            skip = dropout_probabilities(config.n_layer, step, args.steps, args.max_dropout, base is None)
-            keep = torch.rand(config.n_layer, args.batch_size, generator=g) >= skip[:, None]
-            called, keep = keep.any(1), keep[:, rank * share:(rank + 1) * share]
-            weights = exit_weights(enabled_exits(config.n_layer, step, args.steps, args.curriculum, args.rotation), args.exit_scale, args.exit_power)
-            first = step * args.batch_size + rank * share
-            batch = torch.stack([window(ids, i, args.context, args.seed) for i in range(first, first + share)]).to(device)
-            with amp:
-                loss, losses = wrapped(batch[:, :-1], batch[:, 1:], keep, weights, called if args.fsdp else keep.any(1))
-            loss.backward()
+def train(args: argparse.Namespace) -> list[float]:
+    """Run the training that `parse_args` describes; returns the loss J of each step that this call ran."""
+    shard = start()
+    check_args(args, shard.size)
+    args.precision = args.precision or default_precision(args.device)
+    device = own_device(args.device, shard)
+    check_folder(args.out, args.resume)
+
+    data, objective = load_data_and_model(args, shard, device)
+    model = objective.model
+    schedule = Schedule(args, model.config.n_layer)
+    optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
+    settings = fixed_settings(args, len(data.train_ids))
+    train_state = TrainState(args.out / STATE_FILE, settings, model, optimizers, shard.rank, args.fsdp)
+    first_step = train_state.load(device) if args.resume else 0
+    parallel = parallelize(objective, args, shard.size)
+    autocast = mixed_precision(args.precision, device)
+    report = Report(args, model.config, first_step, shard.rank)
+    validates = shard.rank == 0 or args.fsdp  # under FSDP all processes are needed; the first one reports
+
+    step, history = first_step, []
+    with report.bar, caught_signals() as signals:
+        while step < args.steps and not in_any_process(bool(signals), device, shard.size):
+            if validates and step > first_step and is_due(step, args.eval_every):
+                report.validation(step, data.validate(objective, args.eval_tokens, autocast))
+            loss, losses = compute_gradients(parallel, data, schedule, step, autocast)
             nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step)
-                optimizer.step()
-                optimizer.zero_grad()
+            optimizer_step(optimizers, schedule.learning_rate(step))
             step += 1
             history.append(loss.item())
             if not math.isfinite(history[-1]):
                 raise InputError(f"the loss is {history[-1]} at step {step}: lower --lr")
-            exit_loss = exit_loss if losses[shown - 1].isnan() else losses[shown - 1].item()
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}, exit {shown} {exit_loss:.3f}", refresh=False)
-            bar.update()
-            if args.save_every and step % args.save_every == 0:
-                save_state(step)
-    finally:
-        bar.close()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    save_state(step)  # also at the end: whatever happens during the last validation, nothing is lost
+            report.step(losses)
+            if is_due(step, args.save_every):
+                train_state.save(step)
+    train_state.save(step)  # also at the end: whatever happens during the last validation, nothing is lost
     if step < args.steps:
         sys.exit(f"stopped after step {step}; --resume goes on from there")
 
-    seconds = time.perf_counter() - began
-    if rank == 0 or args.fsdp:
-        losses, agreement, tokens = validate(10 ** 9)
-        state = full_state(model, [], args.fsdp)["model"]
-    if rank == 0:
-        record = {"step": step, "val_loss": losses.tolist(), "agreement": agreement.tolist(), "val_tokens": tokens, "seconds": seconds,
-                  "tokens_per_second": (step - first_step) * args.batch_size * args.context / max(seconds, 1e-9),
-                  "tokens_seen": step * args.batch_size * args.context, "training_tokens": len(ids)}
-        log.write(json.dumps(record) + "\n")
-        log.close()
-        config.source = f"{config.source + ', ' if config.source else ''}trained by scripts/train.py on {record['tokens_seen']} tokens"
-        dtype = getattr(torch, args.save_precision)
-        state = {k: v.to("cpu", dtype) for k, v in state.items() if not (config.tied and k == "head.weight")}
-        save_checkpoint(args.out / "model.pth", state, config)
-        state_path.unlink(missing_ok=True)
-        print(f"{args.out}/model.pth: validation on {tokens} tokens of held-out text\nexit   loss  agreement with the last layer")
-        for i in range(config.n_layer):
-            print(f"{i + 1:4d}  {losses[i]:.3f}  {agreement[i]:.1%}")
+    if validates:
+        seconds = report.seconds()
+        result = data.validate(objective, len(data.val_ids), autocast)
+        state_dict = full_state(model, [], args.fsdp)["model"]
+    if shard.rank == 0:
+        report.end(step, result, seconds, len(data.train_ids))
+        tokens_seen = step * args.batch_size * args.context
+        save_model(args.out / "model.pth", state_dict, model.config, args.save_precision, tokens_seen)
+        train_state.path.unlink(missing_ok=True)
+        print_table(args.out / "model.pth", result)
     return history
 
 
+def main() -> None:
+    train(parse_args())
+
+
 if __name__ == "__main__":
-    run_command(lambda: train(parse_args()), watch=False)
+    run_command(main, watch=False)
