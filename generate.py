@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels import formats
 import tune
 from checkpoint import count_parameters, load_model
 from command import InputError, check_device, check_writable
+from drafters import Drafter, make_drafter, weight_bytes
 from model import Transformer
-from tokenizer import Tokenizer
+from tokenizer import Text, Tokenizer
 from tp import broadcast, run_command, start
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
@@ -64,6 +65,9 @@ class Sampling:
         return probs
 
 
+GREEDY = Sampling()
+
+
 def draw(weights: Tensor, u: Tensor):
     """Draw an index (...,) from unnormalized weights (..., V) with uniform numbers u (...,) in [0, 1), by inverse CDF.
 
@@ -73,7 +77,7 @@ def draw(weights: Tensor, u: Tensor):
     return (cdf <= u[..., None] * cdf[..., -1:]).sum(-1).clamp(max=weights.shape[-1] - 1)
 
 
-def accept(drafted: Tensor, draft_probs: Tensor | None, logits: Tensor, u: Tensor | None, sampling: Sampling):
+def accept(drafted: Tensor, draft_probs: Tensor, logits: Tensor, u: Tensor | None, sampling: Sampling):
     """The exact acceptance rule of speculative sampling (Leviathan et al. 2211.17192; Chen et al. 2302.01318).
 
     drafted: (K,) ids, each drawn from its row of draft_probs (K, V), the p below. logits: (K+1, V) of the target, whose
@@ -124,131 +128,57 @@ class Stats:
         return (len(self.tokens) - 1) / self.decode_seconds if len(self.tokens) > 1 else 0.0
 
 
-class Decoder:
-    """Decodes one sequence at a time, with or without speculation, in rounds of static shape.
+class Round:
+    """What a round computes, in pieces of static shape that are compiled, without asking the device for anything.
 
-    A round feeds the last emitted token, which has no cache row yet, and K drafted ones; it emits between 1 and K + 1
-    tokens. Plain decoding is K = 0. With a drafter, K + 1 single passes come first:
-
-    - self-speculation: layers [0, exit_layer) of the target; verification continues from their hidden states with
-      layers [exit_layer, L) alone, so that no layer sees a position twice;
-    - a separate draft model: all its layers; verification runs the whole target.
-
-    The last of the K + 1 passes needs no head: it fills the row (and hidden state) that a fully accepted round needs.
+    The text so far is token (1, 1), the last one emitted, and pos (1,), its position; `verify` moves both on.
     """
 
-    def __init__(self, model: Transformer, *, exit_layer=None, draft_model: Transformer | None = None, k=4, draft_head="int8",
-                 sampling=Sampling(), rows=None, compile=False, compile_prefill=False, seed=None):
-        """rows: positions to provide for, prompt and new tokens together (default and most: the context).
-        Decoders of one model share its caches, so one generation must end before the next begins.
-
-        draft_head: "int8" drafts with a copy of the head rounded to int8, which reads a quarter or half of the bytes, where there are kernels for it;
-        "full" with the head itself. What is emitted has the same distribution, and at temperature 0 is the same.
-        k is ignored in plain decoding (neither exit_layer nor draft_model). Of a model split over several processes (tp.py), all must
-        do the same with their decoders; the tokens are those of the first. A draft model must share the target's tokenizer; if
-        one has more ids than the other, those are never drafted. Raises InputError for an exit layer or k out of range.
-        """
-        config = model.config
-        self.model, self.sampling = model, sampling
-        self.exit_layer, self.shared = exit_layer, draft_model is None
-        self.drafter = draft_model or (model if exit_layer is not None else None)
-        self.K = k if self.drafter else 0
-        if draft_model is not None and exit_layer is not None:
-            raise InputError("self-speculation and a separate draft model exclude each other")
-        if exit_layer is not None and not 1 <= exit_layer < config.n_layer:
-            raise InputError(f"--early_exit {exit_layer}: the model has {config.n_layer} layers, so 1 to {config.n_layer - 1} can be drafted with")
-        if self.drafter and not 1 <= k < kernels.MAX_ROWS:
-            raise InputError(f"--speculate_k {k}: must be 1 to {kernels.MAX_ROWS - 1}")
-        self.shared_vocab = min(config.vocab_size, self.drafter.config.vocab_size) if self.drafter else 0
-        self.models = [model] if self.shared else [model, draft_model]
-        self.context = min(m.config.context for m in self.models)
-        self.rows = min(rows or self.context, self.context)
-        for m in self.models:
-            m.setup_caches(self.rows + 2 * (self.K + 1))  # a round may run past the last wanted token, and one late past that
-        coarse = self.drafter and draft_head == "int8" and not self.drafter.config.quantization  # a quantized head is int8 already
-        with torch.no_grad():  # as decoding will be
-            coarse = coarse and kernels.backend(self.drafter.head.weight, 1)  # without kernels int8 would be widened at every step
-        self.draft_head = formats.int8_rows(self.drafter.head.weight) if coarse else None  # (weight, scale)
+    def __init__(self, model: Transformer, drafter: Drafter, sampling: Sampling):
         device = model.embed.weight.device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # Triton and graphs work on the current one
-        self.token = torch.zeros(1, 1, dtype=torch.long, device=device)  # the last emitted token
-        self.pos = torch.zeros(1, dtype=torch.long, device=device)  # its position
-        self.offsets = torch.arange(self.K + 1, device=device)
-        self.random = torch.Generator(device)
-        self.random.manual_seed(seed) if seed is not None else self.random.seed()
-        if model.shard:
-            self.random.manual_seed(model.shard.share(self.random.initial_seed()))
-        self.stats = None  # of the last generation
-        self.propose, self.verify, self.prefill = self._propose, self._verify, self._prefill
-        if compile:  # each decoder compiles the same two functions for its own model, exit layer and k
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
-            self.propose, self.verify = (torch.compile(f, fullgraph=True, dynamic=False) for f in (self._propose, self._verify))
-        if compile_prefill:
-            self.prefill = torch.compile(self._prefill, fullgraph=True, dynamic=True)
-        self.late = int(device.type == "cuda")  # rounds in flight while the host reads an earlier one
-        self.graphed = compile and device.type == "cuda"
-        self.graph = None  # (CUDA graph of a round, its result (K+2,), the caches it was recorded with)
+        self.model, self.drafter, self.sampling = model, drafter, sampling
+        self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
+        self.pos = torch.zeros(1, dtype=torch.long, device=device)
+        self.offsets = torch.arange(drafter.k + 1, device=device)
 
-    def uniform(self, count):
-        """Random numbers (count,) for one round; float64, as `draw` wants them. None at temperature 0."""
-        if self.sampling.temperature == 0:
-            return None
-        return torch.rand(count, dtype=torch.float64, device=self.pos.device, generator=self.random)
+    def agree(self, tokens: Tensor) -> Tensor:
+        """What the first of the processes chose, on all of them."""
+        return broadcast(tokens, self.model.shard) if self.model.shard else tokens
 
-    def choose(self, logits, u):
+    def choose(self, logits: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The next token (1, 1) for logits (1, V) and u (1,), and the probabilities (1, V) it was drawn from."""
         if self.sampling.temperature == 0:
             return self.agree(logits.argmax(-1, keepdim=True)), None
         probs = self.sampling.distribution(logits)
         return self.agree(draw(probs, u)[:, None]), probs
 
-    def agree(self, tokens):
-        """What the first of the processes chose."""
-        return broadcast(tokens, self.model.shard) if self.model.shard else tokens
-
-    def _prefill(self, prompt, pos, u):
+    def prefill(self, prompt: Tensor, pos: Tensor | None, u: Tensor | None) -> Tensor:
         """Fill the caches from the prompt (1, T), whose positions are pos (T,), or None if it is all of the text.
 
         Returns (2,): the first token, and whether its logits were finite numbers.
         """
-        if self.drafter and not self.shared:
-            self.drafter(self.known_to_drafter(prompt), pos)
+        self.drafter.prefill(prompt, pos)
         logits = self.model.logits(self.model(prompt, pos)[:, -1])
-        return torch.cat((self.choose(logits, u)[0][0], all_finite(logits).long()))
+        token, _ = self.choose(logits, u)
+        return torch.cat((token[0], all_finite(logits).long()))
 
-    def known_to_drafter(self, tokens):
-        """Tokens that a separate draft model can be fed: where it lacks one, another stands in for it."""
-        if self.shared or self.shared_vocab == self.model.config.vocab_size:
-            return tokens
-        return tokens.clamp(max=self.shared_vocab - 1)
+    def step(self, token: Tensor, pos: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One drafting step: (state, next token (1, 1), its distribution (1, V))."""
+        state, logits = self.drafter.step(token, pos)
+        return state, *self.choose(logits, u)
 
-    def draft_logits(self, h):
-        """What drafting chooses from: logits (..., V) for hidden states h (..., D) of an exit; V are the ids that both models have."""
-        if self.draft_head:
-            return self.drafter.head.combine(kernels.linear(self.drafter.norm(h), *self.draft_head))[..., :self.shared_vocab]
-        return self.drafter.logits(h)[..., :self.shared_vocab]
+    def verify(self, tokens: Tensor, states: list, probs: list, pos: Tensor, u: Tensor | None) -> Tensor:
+        """The pass that decides: tokens (1, K+1) from position pos (1,) on, with states and probs of `Drafter.draft`.
 
-    def _propose(self, token, pos, u):
-        """One drafting step: (hidden (1, 1, D), next token (1, 1), its distribution (1, V))."""
-        hidden = self.drafter(self.known_to_drafter(token), pos, 0, self.exit_layer)
-        return hidden, *self.choose(self.draft_logits(hidden[:, -1]), u)
-
-    def _verify(self, tokens, hidden, probs, pos, u):
-        """The pass that decides: tokens (1, K+1) from position pos (1,) on, hidden and probs from K drafting steps.
-
-        Moves `token` and `pos` on. Returns (K+2,): the K + 1 tokens of `accept`, then the number accepted, or -1 if the
-        logits that decided were no finite numbers.
+        Returns (K+2,): the K + 1 tokens of `accept`, then the number accepted, or -1 if the logits that decided were no
+        finite numbers.
         """
-        if self.drafter:
-            hidden = [*hidden, self.drafter(self.known_to_drafter(tokens[:, -1:]), pos + self.K, 0, self.exit_layer)]
-        if self.drafter and self.shared:
-            x, start = torch.cat(hidden, dim=1), self.exit_layer
-        else:
-            x, start = tokens, 0
+        x, start = self.drafter.verify_from(tokens, states, pos)
         logits = self.model.logits(self.model(x, pos + self.offsets, start)[0])  # (K+1, V)
-        p = torch.cat(probs) if probs and probs[0] is not None else logits.new_zeros(0, self.shared_vocab)
-        p = F.pad(p, (0, logits.shape[-1] - p.shape[-1]))  # what only the target has was not drafted
+        p = logits.new_zeros(0, logits.shape[-1])
+        if self.sampling.temperature and probs:
+            p = torch.cat(probs)
+            p = F.pad(p, (0, logits.shape[-1] - p.shape[-1]))  # what only the target has was not drafted
         result = self.agree(torch.cat(accept(tokens[0, 1:], p, logits, u, self.sampling)))  # (K+2,)
         n = result[-1:]
         self.token.copy_(result.index_select(0, n)[None])
@@ -256,17 +186,85 @@ class Decoder:
         decided = all_finite(logits) | (self.offsets > n)  # rows behind the last token that is kept decide nothing
         return torch.cat((result[:-1], torch.where(decided.all(), n, -1)))
 
-    def round(self, on_draft=None):
-        """Draft K tokens and verify them, without asking the device for anything. Returns (K+2,) as `_verify` does."""
-        K, u = self.K, self.uniform(2 * self.K + 1)
-        tokens, hidden, probs = [self.token], [], []
-        for i in range(K):
-            h, token, p = self.propose(tokens[-1], self.pos + i, None if u is None else u[i:i + 1])
-            tokens.append(token), hidden.append(h), probs.append(p)
-        tokens = torch.cat(tokens, dim=1)
-        if on_draft and K:
+
+class Decoder:
+    """Decodes one sequence at a time in rounds of static shape, with any drafter.
+
+    A round feeds the last emitted token, which has no cache row yet, and K drafted ones; it emits between 1 and K + 1
+    tokens. Plain decoding is K = 0.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        drafter: Drafter | None = None,
+        exit_layer: int | None = None,
+        draft_model: Transformer | None = None,
+        k: int = 4,
+        draft_head: str = "int8",
+        sampling: Sampling = GREEDY,
+        rows: int | None = None,
+        compile: bool = False,
+        compile_prefill: bool = False,
+        seed: int | None = None,
+    ):
+        """drafter: for this model; or else exit_layer, draft_model, k and draft_head describe one, as for `make_drafter`.
+
+        rows: positions to provide for, prompt and new tokens together (default and most: the context). Decoders of one model
+        share its caches, so one generation must end before the next begins. Of a model split over several processes (tp.py),
+        all must do the same with their decoders; the tokens are those of the first. Raises InputError as `make_drafter` does.
+        """
+        self.model, self.sampling = model, sampling
+        self.drafter = drafter or make_drafter(model, exit_layer, draft_model, k, draft_head)
+        self.K, self.exit_layer, self.models = self.drafter.k, self.drafter.exit_layer, self.drafter.models
+        self.context = min(m.config.context for m in self.models)
+        self.rows = min(rows or self.context, self.context)
+        for m in self.models:  # a round may run past the last wanted token, and one late past that
+            m.setup_caches(self.rows + 2 * (self.K + 1))
+        device = model.embed.weight.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton and graphs work on the current one
+        pieces = Round(model, self.drafter, sampling)
+        self.token, self.pos = pieces.token, pieces.pos
+        self.step, self.verify, self.prefill = pieces.step, pieces.verify, pieces.prefill
+        if compile:  # each decoder compiles the same two functions for its own model, drafter and k
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+            self.step = torch.compile(pieces.step, fullgraph=True, dynamic=False)
+            self.verify = torch.compile(pieces.verify, fullgraph=True, dynamic=False)
+        if compile_prefill:
+            self.prefill = torch.compile(pieces.prefill, fullgraph=True, dynamic=True)
+        self.random = self.make_generator(device, seed)
+        self.stats: Stats | None = None  # of the last generation
+        self.late = int(device.type == "cuda")  # rounds in flight while the host reads an earlier one
+        self.graphed = compile and device.type == "cuda"
+        self.graph: tuple | None = None  # (CUDA graph of a round, its result (K+2,), the caches it was recorded with)
+
+    def make_generator(self, device: torch.device, seed: int | None) -> torch.Generator:
+        """Random numbers on the device; without a seed different each time, but the same on all processes."""
+        random = torch.Generator(device)
+        if seed is None:
+            random.seed()
+        else:
+            random.manual_seed(seed)
+        if self.model.shard:
+            random.manual_seed(self.model.shard.share(random.initial_seed()))
+        return random
+
+    def uniform(self, count: int) -> Tensor | None:
+        """Random numbers (count,) for one round; float64, as `draw` wants them. None at temperature 0."""
+        if self.sampling.temperature == 0:
+            return None
+        return torch.rand(count, dtype=torch.float64, device=self.pos.device, generator=self.random)
+
+    def round(self, on_draft: Callable | None = None) -> Tensor:
+        """Draft K tokens and verify them, without asking the device for anything. Returns (K+2,) as `Round.verify` does."""
+        u = self.uniform(2 * self.K + 1)
+        drafting, deciding = (None, None) if u is None else (u[: self.K], u[self.K :])
+        tokens, states, probs = self.drafter.draft(self.step, self.token, self.pos, drafting)
+        if on_draft and self.K:
             on_draft(tokens[0, 1:].tolist())
-        return self.verify(tokens, hidden, probs, self.pos, None if u is None else u[K:])
+        return self.verify(tokens, states, probs, self.pos, deciding)
 
     def record(self):
         """Record a round as one CUDA graph, unless that is done and the caches are where they were."""
@@ -388,28 +386,17 @@ class Decoder:
 
     # The byte model: decoding reads every weight once a pass, so bytes are the currency.
 
-    def bytes_per_round(self):
-        """Bytes of weights that this process reads in one round: K drafting steps, and one full pass (two models: two)."""
-        full = span_bytes(self.model, 0, None)
-        if not self.drafter:
-            return full
-        layers = span_bytes(self.drafter, 0, self.exit_layer) - total_bytes(self.drafter.head)
-        head = sum(t.nbytes for t in self.draft_head) if self.draft_head else total_bytes(self.drafter.head)
-        return self.K * (layers + head) + full + (0 if self.shared else layers)
+    def full_bytes(self) -> int:
+        """Bytes of weights that this process reads in one pass of the whole target."""
+        return weight_bytes(*self.model.layers, self.model.norm, self.model.head)
 
-    def ideal_speedup(self, mean_accepted):
+    def bytes_per_round(self) -> int:
+        """Bytes of weights that this process reads in one round, drafting and one full pass."""
+        return self.full_bytes() + self.drafter.bytes_per_round()
+
+    def ideal_speedup(self, mean_accepted: float) -> float:
         """Speed over plain decoding if time were bytes: (1 + mean accepted) / (K d + 1), d a drafting step's share of a pass."""
-        return (1 + mean_accepted) * span_bytes(self.model, 0, None) / self.bytes_per_round()
-
-
-def span_bytes(model, start, stop):
-    """Bytes of weights read by layers [start, stop) and the head for one token."""
-    return sum(map(total_bytes, [*model.layers[start:stop], model.norm, model.head]))
-
-
-def total_bytes(module):
-    """Bytes of a module's weights with their scales; the caches are not among them."""
-    return sum(t.nbytes for t in module.state_dict().values())
+        return (1 + mean_accepted) * self.full_bytes() / self.bytes_per_round()
 
 
 def acceptance(counts):
@@ -423,51 +410,6 @@ def peak_memory_gb(device):
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-class Text:
-    """Turns a stream of ids into text: `push(id)` returns the text that has become certain, `flush` the rest.
-
-    The pieces joined are what decoding prompt and ids at once gives, less the prompt's text. Holds back what a following id
-    could still change: half a character, or the beginning of a stop string. After a stop string `stopped` is true, and the
-    text ends before it. Each id costs the same, however long the text is.
-    """
-
-    def __init__(self, tokenizer, prompt=(), stop=()):
-        self.tokenizer, self.stop = tokenizer, stop
-        self.ids = [id for id in prompt if tokenizer.is_shown(id)]  # decoded together with new ones
-        self.taken = len(self.ids)  # of them, those whose text has been returned
-        self.known = len(tokenizer.decode(self.ids))  # the length of that text
-        self.held, self.stopped = "", False
-
-    def push(self, token):
-        if not self.tokenizer.is_shown(token):
-            return ""
-        self.ids.append(token)
-        text = self.tokenizer.decode(self.ids)
-        if self.tokenizer.is_byte(token) or text.endswith("\ufffd") or len(text) <= self.known:
-            return ""
-        self.held += text[self.known:]
-        self.ids = self.ids[self.taken:]  # the last piece is enough to show how a following id reads
-        self.taken, self.known = len(self.ids), len(self.tokenizer.decode(self.ids))
-        return self._release(last=False)
-
-    def flush(self):
-        if self.stopped:
-            return ""
-        self.held += self.tokenizer.decode(self.ids)[self.known:]
-        return self._release(last=True)
-
-    def _release(self, last):
-        """What is certain of the text held back: all of it before a stop string, or before the possible beginning of one."""
-        found = [at for s in self.stop if (at := self.held.find(s)) >= 0]
-        self.stopped = bool(found)
-        beginning = 0
-        if not last:
-            beginning = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
-        certain = min(found, default=len(self.held) - beginning)
-        text, self.held = self.held[:certain], self.held[certain:]
-        return text
 
 
 class DraftDisplay:

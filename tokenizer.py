@@ -189,6 +189,51 @@ class Tokenizer:
         return all(self.encode(text, special=False) == other.encode(text, special=False) for text in SAMPLES)
 
 
+class Text:
+    """Turns a stream of ids into text: `push(id)` returns the text that has become certain, `flush` the rest.
+
+    The pieces joined are what decoding prompt and ids at once gives, less the prompt's text. Holds back what a following id
+    could still change: half a character, or the beginning of a stop string. After a stop string `stopped` is true, and the
+    text ends before it. Each id costs the same, however long the text is.
+    """
+
+    def __init__(self, tokenizer, prompt=(), stop=()):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.ids = [id for id in prompt if tokenizer.is_shown(id)]  # decoded together with new ones
+        self.taken = len(self.ids)  # of them, those whose text has been returned
+        self.known = len(tokenizer.decode(self.ids))  # the length of that text
+        self.held, self.stopped = "", False
+
+    def push(self, token):
+        if not self.tokenizer.is_shown(token):
+            return ""
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        if self.tokenizer.is_byte(token) or text.endswith("\ufffd") or len(text) <= self.known:
+            return ""
+        self.held += text[self.known:]
+        self.ids = self.ids[self.taken:]  # the last piece is enough to show how a following id reads
+        self.taken, self.known = len(self.ids), len(self.tokenizer.decode(self.ids))
+        return self._release(last=False)
+
+    def flush(self):
+        if self.stopped:
+            return ""
+        self.held += self.tokenizer.decode(self.ids)[self.known:]
+        return self._release(last=True)
+
+    def _release(self, last):
+        """What is certain of the text held back: all of it before a stop string, or before the possible beginning of one."""
+        found = [at for s in self.stop if (at := self.held.find(s)) >= 0]
+        self.stopped = bool(found)
+        beginning = 0
+        if not last:
+            beginning = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        certain = min(found, default=len(self.held) - beginning)
+        text, self.held = self.held[:certain], self.held[certain:]
+        return text
+
+
 SAMPLES = (
     "The quick brown fox jumps over the lazy dog.",
     "  def f(self, x=3.14159):\n\treturn [i ** 2 for i in range(1000)]\n\n",

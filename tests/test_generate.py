@@ -1,24 +1,28 @@
 """Decoding: exact against transformers, against itself, and in distribution; and the command line around it."""
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import FAMILY, ROOT, write_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
 import kernels
 import model as engine
-from generate import Decoder, DraftDisplay, Sampling, Stats, Text, accept, acceptance, draw
+from drafters import Drafter
+from generate import Decoder, DraftDisplay, Sampling, Stats, accept, acceptance, draw
 from checkpoint import load_model
 from command import InputError
 from model import ModelConfig, Transformer
-from tokenizer import Tokenizer
+from tokenizer import Text, Tokenizer
 
 PROMPT = [1, 17, 60, 33, 25, 8]
 
@@ -414,6 +418,53 @@ def test_sampled_tokens_have_the_models_distribution(how):
     assert chi_square(counts.flatten(), joint.flatten()) > 1e-3
 
 
+class Parrot(Drafter):
+    """Drafts a fixed text, whatever came before: a drafter that is none of the engine's."""
+
+    def __init__(self, target, text, k):
+        super().__init__(target, k)
+        self.text = torch.tensor([text])
+
+    def draft(self, step, token, pos, u):
+        drafted = self.text.gather(1, (pos + torch.arange(self.k))[None] % self.text.shape[1])
+        probs = F.one_hot(drafted[0], self.vocab_size).float().split(1)
+        return torch.cat((token, drafted), dim=1), [], list(probs)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_the_loop_takes_any_drafter(compile):
+    model = tiny_model()
+    plain, _ = run(model, 40)
+    text = (PROMPT + plain)[1:-9] + [5] * 9  # right but for its end
+    ours, stats = run(model, 40, drafter=Parrot(model, text, 3), compile=compile)
+    assert ours == plain and stats.accept_counts[3] >= 7 and sum(stats.accept_counts[:3]) > 0
+    model, s = tiny_model(vocab=12), Sampling(1.2, top_k=8)
+    decoder = Decoder(model, drafter=Parrot(model, [3, 5, 7], 2), sampling=s, seed=0, rows=8)
+    counts = torch.zeros(12, dtype=torch.long)
+    for _ in range(500):
+        counts[list(decoder.generate([3, 4, 5], 2))[1]] += 1
+    reference = tiny_model(vocab=12).double()
+    row = lambda ids: reference_distribution(reference.logits(reference(torch.tensor([ids])))[0, -1], 1.2, 8, 1.0).double()
+    first = row([3, 4, 5])
+    assert chi_square(counts, sum(first[a] * row([3, 4, 5, a]) for a in range(12))) > 1e-3
+
+
+@pytest.mark.parametrize("how", [dict(), dict(exit_layer=1, k=2), dict(draft_model=tiny_model(1), k=2), dict(exit_layer=1, k=2, compile=True)])
+def test_a_decoder_is_freed_with_its_last_reference(how):
+    """Or else two models would be in memory at once where one follows the other."""
+    decoder = Decoder(tiny_model(), **how)
+    list(decoder.generate(PROMPT, 10))
+    gone = [weakref.ref(decoder), weakref.ref(decoder.model)]
+    gc.disable()
+    try:
+        if how.get("compile"):
+            torch._dynamo.reset()  # compiled code is kept for the next decoder of the same shape
+        del decoder
+        assert [ref() for ref in gone] == [None, None]
+    finally:
+        gc.enable()
+
+
 def test_a_seed_reproduces():
     model, s = tiny_model(), Sampling(1.0)
     texts = [run(model, 30, exit_layer=2, k=3, sampling=s, seed=seed)[0] for seed in (1, 1, 2)]
@@ -571,9 +622,9 @@ def test_a_draft_model_must_read_the_prompt_as_the_target_does(checkpoint, tmp_p
 
 def test_without_kernels_drafts_are_chosen_with_the_head_itself(checkpoint, monkeypatch):
     model = load_model(checkpoint("llama2"))
-    assert Decoder(model, exit_layer=1, k=2, rows=40).draft_head is not None
+    assert Decoder(model, exit_layer=1, k=2, rows=40).drafter.head is not None
     monkeypatch.setattr(kernels, "enabled", False)
-    assert Decoder(model, exit_layer=1, k=2, rows=40).draft_head is None
+    assert Decoder(model, exit_layer=1, k=2, rows=40).drafter.head is None
 
 
 def test_the_process_itself_exits_with_one_line():

@@ -11,9 +11,8 @@ from conftest import edit_json
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
-from generate import Text
 from command import InputError
-from tokenizer import Tokenizer
+from tokenizer import Text, Tokenizer
 
 CORPUS = [
     "def f(self, x): return self.value + x\n",
