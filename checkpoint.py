@@ -35,7 +35,9 @@ def expected_tensors(config: ModelConfig):
     """Name and meta tensor of everything in a checkpoint of this architecture; what is float32 here may have any floating type."""
     with torch.device("meta"):
         state = Transformer(config).state_dict()
-    return {name: t for name, t in state.items() if not (name == "head.weight" and config.tied and not config.quantization)}
+    return {
+        name: t for name, t in state.items() if not (name == "head.weight" and config.tied and not config.quantization)
+    }
 
 
 def count_parameters(config: ModelConfig):
@@ -50,9 +52,17 @@ def check_state(state, config: ModelConfig, path):
         raise InputError(f"{path}: tensor {name} is {'missing' if name in wanted else 'not part of this architecture'}")
     for name, t in wanted.items():
         if state[name].shape != t.shape:
-            raise InputError(f"{path}: tensor {name} has shape {tuple(state[name].shape)}, the model's description wants {tuple(t.shape)}")
-        if state[name].is_floating_point() != t.is_floating_point() or not t.is_floating_point() and state[name].dtype != t.dtype:
-            raise InputError(f"{path}: tensor {name} is {str(state[name].dtype)[6:]}, the model's description wants {str(t.dtype)[6:]}")
+            raise InputError(
+                f"{path}: tensor {name} has shape {tuple(state[name].shape)}, the model's description wants {tuple(t.shape)}"
+            )
+        if (
+            state[name].is_floating_point() != t.is_floating_point()
+            or not t.is_floating_point()
+            and state[name].dtype != t.dtype
+        ):
+            raise InputError(
+                f"{path}: tensor {name} is {str(state[name].dtype)[6:]}, the model's description wants {str(t.dtype)[6:]}"
+            )
 
 
 @contextmanager
@@ -100,7 +110,9 @@ def read_state(path, device="cpu"):
     try:
         return torch.load(path, mmap=True, weights_only=True, map_location=device)
     except Exception as error:  # a damaged file surfaces as many kinds of error
-        raise InputError(f"{path}: not a readable checkpoint ({(str(error).splitlines() or ['empty file'])[0]})") from None
+        raise InputError(
+            f"{path}: not a readable checkpoint ({(str(error).splitlines() or ['empty file'])[0]})"
+        ) from None
 
 
 def load_model(path, device="cpu", dtype=torch.float32, shard=None):
@@ -112,7 +124,9 @@ def load_model(path, device="cpu", dtype=torch.float32, shard=None):
     path = Path(path)
     state = read_state(path)
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise InputError(f"{path}: holds more than tensors; a checkpoint of scripts/convert_hf_checkpoint.py was expected")
+        raise InputError(
+            f"{path}: holds more than tensors; a checkpoint of scripts/convert_hf_checkpoint.py was expected"
+        )
     config = load_config(path.with_suffix(".json"))
     check_state(state, config, path)
     model = empty_model(config, device, dtype, path, shard)
@@ -132,7 +146,9 @@ def release(mapped):
     the copy that was made of it. Read again, it comes from the file."""
     first, last = -(-mapped.data_ptr() // mmap.PAGESIZE), (mapped.data_ptr() + mapped.nbytes) // mmap.PAGESIZE
     if sys.platform == "linux" and last > first:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first * mmap.PAGESIZE), ctypes.c_size_t((last - first) * mmap.PAGESIZE), mmap.MADV_DONTNEED)
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(first * mmap.PAGESIZE), ctypes.c_size_t((last - first) * mmap.PAGESIZE), mmap.MADV_DONTNEED
+        )
 
 
 def empty_model(config, device, dtype, what, shard=None):
@@ -151,7 +167,10 @@ def empty_model(config, device, dtype, what, shard=None):
     check_memory(sum(sizes), device, f"{what} in {str(dtype)[6:]}")
     on_cpu = torch.device(device).type == "cpu"
     memory = huge_pages(sum(sizes)) if on_cpu else torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-    state = {name: part[:t.numel() * types[name].itemsize].view(types[name]).view(t.shape) for (name, t), part in zip(tensors.items(), memory.split(sizes))}
+    state = {
+        name: part[: t.numel() * types[name].itemsize].view(types[name]).view(t.shape)
+        for (name, t), part in zip(tensors.items(), memory.split(sizes))
+    }
     model.load_state_dict(state, assign=True, strict=not config.tied)
     model.tie()
     model.inv_freq = rope_frequencies(config).to(device)

@@ -26,7 +26,9 @@ def run_command(main):
             sys.exit("error: out of memory: take a smaller model, fewer --max_new_tokens, or a lower --precision")
         raise
     except ModuleNotFoundError as error:
-        sys.exit(f"error: the package {error.name} is missing: pip install -r requirements.txt, and for scripts/ -r scripts/requirements.txt")
+        sys.exit(
+            f"error: the package {error.name} is missing: pip install -r requirements.txt, and for scripts/ -r scripts/requirements.txt"
+        )
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -37,7 +39,9 @@ def check_memory(nbytes, device, what):
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     elif Path("/proc/meminfo").is_file():
-        free = next((int(line.split()[1]) * 1024 for line in open("/proc/meminfo") if line.startswith("MemAvailable")), nbytes)
+        free = next(
+            (int(line.split()[1]) * 1024 for line in open("/proc/meminfo") if line.startswith("MemAvailable")), nbytes
+        )
     else:
         return
     if nbytes > free:
@@ -49,7 +53,9 @@ def check_device(device):
     try:
         torch.zeros(1, device=device).item()
     except Exception as error:  # each kind of device has errors of its own
-        raise InputError(f"--device {device}: not available here ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+        raise InputError(
+            f"--device {device}: not available here ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        ) from None
 
 
 def check_writable(option, path):

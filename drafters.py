@@ -20,12 +20,13 @@ Step = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | 
 class Drafter:
     """Proposes nothing: plain decoding. Also the protocol, of which other drafters override what differs.
 
-    Cache rows: the last emitted token has none yet, and is the first thing that a round feeds. After a round every model that
-    drafts must have rows for the k + 1 positions it covered, or a fully accepted round leaves a hole that no mask hides.
-    Rejected tokens cost nothing: the position moves back, and their rows are overwritten before anything sees them.
+    Cache rows: the last emitted token has none yet, and is the first thing that a round feeds. After a round every
+    model that drafts must have rows for the k + 1 positions it covered, or a fully accepted round leaves a hole that
+    no mask hides. Rejected tokens cost nothing: the position moves back, and their rows are overwritten before
+    anything sees them.
 
-    Attributes: k, the tokens drafted in a round; models, all whose caches a round fills; vocab_size, the ids that can be
-    drafted; exit_layer, for reports (None: drafts don't come from an exit of the target).
+    Attributes: k, the tokens drafted in a round; models, all whose caches a round fills; vocab_size, the ids that can
+    be drafted; exit_layer, for reports (None: drafts don't come from an exit of the target).
     """
 
     exit_layer: int | None = None
@@ -45,8 +46,9 @@ class Drafter:
     def draft(self, step: Step, token: Tensor, pos: Tensor, u: Tensor | None) -> tuple[Tensor, list, list]:
         """Propose k tokens behind token (1, 1) at pos (1,). u: uniform numbers (k,), None for the most likely tokens.
 
-        step: (token, pos, u (1,)) -> (state, next token (1, 1), its distribution (1, V) or None), `step` with a token drawn.
-        Returns the token and the proposed ones (1, k + 1), the states, and the distributions that they were drawn from.
+        step: (token, pos, u (1,)) -> (state, next token (1, 1), its distribution (1, V) or None), `step` with a token
+        drawn. Returns the token and the proposed ones (1, k + 1), the states, and the distributions that they were
+        drawn from.
         """
         tokens, states, probs = [token], [], []
         for i in range(self.k):
@@ -57,8 +59,9 @@ class Drafter:
         return torch.cat(tokens, dim=1), states, probs
 
     def verify_from(self, tokens: Tensor, states: list[Tensor], pos: Tensor) -> tuple[Tensor, int]:
-        """What the target's pass over tokens (1, k + 1) from pos (1,) on starts from: (x, start) as `Transformer.forward` has
-        them."""
+        """What the target's pass over tokens (1, k + 1) from pos (1,) on starts from: (x, start) as
+        `Transformer.forward` has them.
+        """
         return tokens, 0
 
     def bytes_per_round(self) -> int:
@@ -67,11 +70,11 @@ class Drafter:
 
 
 class ModelDrafter(Drafter):
-    """A separate, smaller model that shares the target's tokenizer. Where one has more ids than the other, as of two paddings
-    or of tokens added later, those are never drafted.
+    """A separate, smaller model that shares the target's tokenizer. Where one has more ids than the other, as of two
+    paddings or of tokens added later, those are never drafted.
 
-    head: "int8" chooses drafts with a copy of the head rounded to int8, which reads a half or a quarter of the bytes, where there
-    are kernels for it; "full" with the head itself.
+    head: "int8" chooses drafts with a copy of the head rounded to int8, which reads a half or a quarter of the bytes,
+    where there are kernels for it; "full" with the head itself.
     """
 
     stop: int | None = None  # the layer before which drafting ends
@@ -120,8 +123,9 @@ class ModelDrafter(Drafter):
 
 
 class SelfDrafter(ModelDrafter):
-    """The target's own layers [0, exit_layer) and its head. Verification goes on from their hidden states with the layers that
-    follow, so that no layer sees a position twice."""
+    """The target's own layers [0, exit_layer) and its head. Verification goes on from their hidden states with the
+    layers that follow, so that no layer sees a position twice.
+    """
 
     def __init__(self, target: Transformer, exit_layer: int, k: int, head: str = "int8"):
         last = target.config.n_layer - 1
@@ -130,7 +134,8 @@ class SelfDrafter(ModelDrafter):
                 f"--early_exit {exit_layer}: the model has {last + 1} layers, so 1 to {last} can be drafted with"
             )
         super().__init__(target, target, k, head)
-        self.exit_layer = self.stop = exit_layer
+        self.exit_layer: int = exit_layer
+        self.stop = exit_layer
 
     def prefill(self, prompt: Tensor, pos: Tensor | None) -> None:
         """The target's own pass fills these rows."""
@@ -150,8 +155,9 @@ def make_drafter(
     k: int = 4,
     draft_head: str = "int8",
 ) -> Drafter:
-    """The drafter that the options name: none of the two models means plain decoding. Raises InputError for both, or for an
-    exit layer or k out of range."""
+    """The drafter that the options name: none of the two models means plain decoding. Raises InputError for both, or
+    for an exit layer or k out of range.
+    """
     if draft_model is not None and exit_layer is not None:
         raise InputError("self-speculation and a separate draft model exclude each other")
     if draft_model is not None:
@@ -162,7 +168,9 @@ def make_drafter(
 
 
 def int8_head(model: Transformer) -> tuple[Tensor, Tensor] | None:
-    """(weight, scale) of a copy of the model's head in int8; None where it is quantized already, or nothing computes with it."""
+    """(weight, scale) of a copy of the model's head in int8; None where it is quantized already, or nothing computes
+    with it.
+    """
     if model.config.quantization:
         return None
     with torch.no_grad():

@@ -46,9 +46,9 @@ def gptq(w, hessian, groupsize, act_order=False, damp=0.01):
             s, z = scale[:, group].float(), zero[:, group].float()
             q[:, order[i]] = int4_round(w[:, i], s, z)
             error = (w[:, i] - ((q[:, order[i]].float() - 8) * s + z)) / inverse[i, i]
-            w[:, i:start + groupsize] -= error[:, None] * inverse[i, i:start + groupsize]
+            w[:, i : start + groupsize] -= error[:, None] * inverse[i, i : start + groupsize]
             errors[:, i - start] = error
-        w[:, start + groupsize:] -= errors @ inverse[columns, start + groupsize:]
+        w[:, start + groupsize :] -= errors @ inverse[columns, start + groupsize :]
     return pack(q), scale, zero
 
 
@@ -74,6 +74,7 @@ def quantize_layer(state, config, groupsize, inputs, act_order):
         def hook(module, args):
             x = args[0].flatten(0, 1)
             hessians[name] = hessians.get(name, 0) + x.T @ x
+
         return hook
 
     linears = {name: module for name, module in block.named_modules() if isinstance(module, Linear)}
@@ -102,18 +103,26 @@ def quantize_checkpoint(path, out, mode, groupsize, calibration=(), act_order=Fa
     config, state = load_config(path.with_suffix(".json")), read_state(path)
     check_state(state, config, path)
     if config.quantization:
-        raise InputError(f"--checkpoint_path {path}: is quantized already ({config.quantization}); give the checkpoint that it was made from")
+        raise InputError(
+            f"--checkpoint_path {path}: is quantized already ({config.quantization}); give the checkpoint that it was made from"
+        )
     if exit_layer is not None:
         if not 1 <= exit_layer < config.n_layer:
-            raise InputError(f"--early_exit {exit_layer}: the model has {config.n_layer} layers, so 1 to {config.n_layer - 1} can be drafted with")
+            raise InputError(
+                f"--early_exit {exit_layer}: the model has {config.n_layer} layers, so 1 to {config.n_layer - 1} can be drafted with"
+            )
         config = replace(config, n_layer=exit_layer)
     quantization = mode.split("-")[0]
     new = replace(config, quantization=quantization, groupsize=groupsize if quantization == "int4" else None)
     wanted = expected_tensors(new)
-    coarse = sorted({name.split(".", 2)[-1] for name, t in wanted.items() if name.startswith("layers.") and t.dtype == torch.int8})
+    coarse = sorted(
+        {name.split(".", 2)[-1] for name, t in wanted.items() if name.startswith("layers.") and t.dtype == torch.int8}
+    )
     if quantization == "int4" and coarse:
         if not any(t.dtype == torch.uint8 for t in wanted.values()):
-            raise InputError(f"--groupsize {groupsize}: divides the width of no matrix of {path}; take a smaller one, or --mode int8")
+            raise InputError(
+                f"--groupsize {groupsize}: divides the width of no matrix of {path}; take a smaller one, or --mode int8"
+            )
         print(f"note: group size {groupsize} doesn't divide the width of {', '.join(coarse)}: left in int8")
     dtype = state["embed.weight"].dtype
 
@@ -128,7 +137,14 @@ def quantize_checkpoint(path, out, mode, groupsize, calibration=(), act_order=Fa
         prefix = f"layers.{i}."
         return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
 
-    with saved(out, {name: t.to(dtype) if t.dtype == torch.float32 and not name.endswith("scale") else t for name, t in wanted.items()}, new) as result:
+    with saved(
+        out,
+        {
+            name: t.to(dtype) if t.dtype == torch.float32 and not name.endswith("scale") else t
+            for name, t in wanted.items()
+        },
+        new,
+    ) as result:
         for i in tqdm(range(config.n_layer), desc=mode, unit="layer", disable=None):
             tensors, matrices = layer_state(i), {}
             if inputs:
@@ -154,7 +170,10 @@ def calibration_windows(path, tokenizer, config, length, count):
     try:
         text = Path(path).read_text(encoding="utf-8")
         if Path(path).suffix == ".jsonl":
-            text = "\n".join(row["prompt"] + (row.get("reference") or "") for row in map(json.loads, filter(str.strip, text.split("\n"))))
+            text = "\n".join(
+                row["prompt"] + (row.get("reference") or "")
+                for row in map(json.loads, filter(str.strip, text.split("\n")))
+            )
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"--calibration {path}: not UTF-8 text, or not JSON objects with a 'prompt'") from None
     except OSError as error:
@@ -164,20 +183,48 @@ def calibration_windows(path, tokenizer, config, length, count):
     if len(ids) < 2 * length:
         raise InputError(f"--calibration {path}: has {len(ids)} tokens; at least {2 * length} are needed")
     count = min(count, len(ids) // length)
-    return [ids[start:start + length] for start in torch.linspace(0, len(ids) - length, count).long()]
+    return [ids[start : start + length] for start in torch.linspace(0, len(ids) - length, count).long()]
 
 
 def main():
-    p = argparse.ArgumentParser(description="Quantize a checkpoint's weights. The result lies beside it, and generate.py takes it as any other.")
+    p = argparse.ArgumentParser(
+        description="Quantize a checkpoint's weights. The result lies beside it, and generate.py takes it as any other."
+    )
     p.add_argument("--checkpoint_path", type=Path, required=True, help="model.pth of a prepared checkpoint")
-    p.add_argument("--mode", choices=["int8", "int4", "int4-gptq"], default="int8", help="int4-gptq calibrates on a text (default: %(default)s)")
-    p.add_argument("--groupsize", type=int, choices=GROUPSIZES, default=128, help="of int4: weights that share a scale (default: %(default)s)")
-    p.add_argument("--early_exit", "--exit_layer", type=int, metavar="E", help="write the first E layers and the head alone: a draft model for the unquantized checkpoint, see --draft_checkpoint_path of generate.py")
-    p.add_argument("--calibration", type=Path, metavar="FILE", help="text like what the model will write, for int4-gptq, plain or as prompts.jsonl (default: prompts.jsonl beside the checkpoint, if it is there)")
+    p.add_argument(
+        "--mode",
+        choices=["int8", "int4", "int4-gptq"],
+        default="int8",
+        help="int4-gptq calibrates on a text (default: %(default)s)",
+    )
+    p.add_argument(
+        "--groupsize",
+        type=int,
+        choices=GROUPSIZES,
+        default=128,
+        help="of int4: weights that share a scale (default: %(default)s)",
+    )
+    p.add_argument(
+        "--early_exit",
+        "--exit_layer",
+        type=int,
+        metavar="E",
+        help="write the first E layers and the head alone: a draft model for the unquantized checkpoint, see --draft_checkpoint_path of generate.py",
+    )
+    p.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="text like what the model will write, for int4-gptq, plain or as prompts.jsonl (default: prompts.jsonl beside the checkpoint, if it is there)",
+    )
     p.add_argument("--calibration_windows", type=int, default=64, help="pieces of it to use (default: %(default)s)")
     p.add_argument("--calibration_length", type=int, default=512, help="tokens in each (default: %(default)s)")
     p.add_argument("--act_order", action="store_true", help="int4-gptq: the most important columns first")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where int4-gptq computes (default here: %(default)s)")
+    p.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where int4-gptq computes (default here: %(default)s)",
+    )
     args = p.parse_args()
     calibration = ()
     if args.mode == "int4-gptq":
@@ -189,10 +236,20 @@ def main():
         if args.calibration_windows < 1 or args.calibration_length < 2:
             raise InputError("--calibration_windows and --calibration_length: must be 1 and 2 or more")
         config = load_config(args.checkpoint_path.with_suffix(".json"))
-        calibration = calibration_windows(args.calibration, Tokenizer.load(args.checkpoint_path.parent), config, args.calibration_length, args.calibration_windows)
-    name = ("int8" if args.mode == "int8" else f"{args.mode}.g{args.groupsize}") + (f".e{args.early_exit}" if args.early_exit is not None else "")
+        calibration = calibration_windows(
+            args.calibration,
+            Tokenizer.load(args.checkpoint_path.parent),
+            config,
+            args.calibration_length,
+            args.calibration_windows,
+        )
+    name = ("int8" if args.mode == "int8" else f"{args.mode}.g{args.groupsize}") + (
+        f".e{args.early_exit}" if args.early_exit is not None else ""
+    )
     out = args.checkpoint_path.with_name(f"{args.checkpoint_path.stem}_{name}.pth")
-    quantize_checkpoint(args.checkpoint_path, out, args.mode, args.groupsize, calibration, args.act_order, args.device, args.early_exit)
+    quantize_checkpoint(
+        args.checkpoint_path, out, args.mode, args.groupsize, calibration, args.act_order, args.device, args.early_exit
+    )
     before, after = args.checkpoint_path.stat().st_size, out.stat().st_size
     print(f"wrote {out}: {after / 1e9:.3f} GB, {after / before:.0%} of {args.checkpoint_path.name}")
 

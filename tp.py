@@ -5,6 +5,7 @@
 `wo` and `w2`), and of the vocabulary, whose logits are put together once per pass. Every process has the embedding, of which a token
 reads one row, and the norms. What all processes then have is the same, bit for bit, so that they take every decision alike.
 """
+
 import json
 import os
 import signal
@@ -61,6 +62,7 @@ def all_gather(x, shard):
 def shared_buffer(numel, dtype, device, group):
     """A buffer (numel,) for each GPU that all of the group can read."""
     from torch.distributed import _symmetric_memory as symmetric
+
     buffer = symmetric.empty(numel, dtype=dtype, device=device)
     symmetric.rendezvous(buffer, group)
     return buffer
@@ -70,7 +72,7 @@ def shared_buffer(numel, dtype, device, group):
 def one_shot(x: torch.Tensor, group: str) -> torch.Tensor:
     """`all_reduce` in one step on GPUs that read each other's memory: each reads all parts and adds them in the order of the ranks."""
     buffer = shared_buffer(kernels.MAX_ROWS * x.shape[-1], x.dtype, x.device, group)
-    return torch.ops.symm_mem.one_shot_all_reduce_copy(buffer[:x.numel()].view(x.shape), x.contiguous(), "sum", group)
+    return torch.ops.symm_mem.one_shot_all_reduce_copy(buffer[: x.numel()].view(x.shape), x.contiguous(), "sum", group)
 
 
 @one_shot.register_fake
@@ -81,6 +83,7 @@ def _(x, group):
 @dataclass
 class Shard:
     """One process's part: number `rank` of `size`. A single process, the default, has everything."""
+
     rank: int = 0
     size: int = 1
     group: str = ""  # the processes' name in torch.distributed
@@ -125,7 +128,11 @@ class Shard:
             """The rows or columns [begin, end) of things [begin, end), each of `width`, the first at `offset`."""
             return offset + things[0] * width, offset + things[1] * width
 
-        C, heads, kv = c.head_dim, part(c.n_head), r * c.n_kv_head // n  # of fewer key/value heads than processes, some have the same
+        C, heads, kv = (
+            c.head_dim,
+            part(c.n_head),
+            r * c.n_kv_head // n,
+        )  # of fewer key/value heads than processes, some have the same
         kv_heads = kv, kv + max(1, c.n_kv_head // n)
         qkv = [span(heads, C), span(kv_heads, C, c.n_head * C), span(kv_heads, C, (c.n_head + c.n_kv_head) * C)]
         for layer in whole.layers:
@@ -133,10 +140,14 @@ class Shard:
             own = c.n_head // n * C
             if own % attention.wo.unit:
                 fitting = [f"--groupsize {g}" for g in GROUPSIZES if own % g == 0]
-                raise InputError(f"int4 in groups of {c.groupsize} can't be split over {n} processes, which have {own} columns of wo each: quantize with {(fitting or ['--mode int8'])[-1]}")
+                raise InputError(
+                    f"int4 in groups of {c.groupsize} can't be split over {n} processes, which have {own} columns of wo each: quantize with {(fitting or ['--mode int8'])[-1]}"
+                )
             unit = ffn.w2.unit
             if c.intermediate_size // unit < n:
-                raise InputError(f"a feed-forward width of {c.intermediate_size} in units of {unit} can't be split over {n} processes")
+                raise InputError(
+                    f"a feed-forward width of {c.intermediate_size} in units of {unit} can't be split over {n} processes"
+                )
             width = part(c.intermediate_size // unit)  # as even as may be
             attention.heads, attention.kv_heads = c.n_head // n, max(1, c.n_kv_head // n)
             attention.wqkv.keep(rows=qkv)
@@ -151,7 +162,9 @@ class Shard:
         sys.__stdout__.flush()
         code = why if isinstance(why, int) else 1
         with suppress(RuntimeError):  # the store is lost if torchrun was killed
-            if self.store.clone().add("failed", 1) == 1 and code is not why:  # the store itself may be waiting in another thread
+            if (
+                self.store.clone().add("failed", 1) == 1 and code is not why
+            ):  # the store itself may be waiting in another thread
                 print(why, file=sys.__stderr__, flush=True)
         os._exit(code)
 
@@ -165,7 +178,11 @@ class Shard:
         def wait():
             while (number := os.read(read, 1)[0]) not in (signal.SIGINT, signal.SIGTERM):
                 pass
-            self.fail(130 if number == signal.SIGINT else "error: another process failed or was killed, or torchrun was told to stop")
+            self.fail(
+                130
+                if number == signal.SIGINT
+                else "error: another process failed or was killed, or torchrun was told to stop"
+            )
 
         threading.Thread(target=wait, daemon=True).start()
 
@@ -176,15 +193,23 @@ def start():
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         return Shard()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until `watch`: while it waits for others it could do nothing on the way out
+    signal.signal(
+        signal.SIGTERM, signal.SIG_DFL
+    )  # until `watch`: while it waits for others it could do nothing on the way out
     try:
         store, rank, _ = next(dist.rendezvous("env://"))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except ValueError as error:
-        raise InputError(f"WORLD_SIZE is {size}, but this is not one of {size} processes that torchrun started ({error})") from None
+        raise InputError(
+            f"WORLD_SIZE is {size}, but this is not one of {size} processes that torchrun started ({error})"
+        ) from None
     gpus = range(torch.cuda.device_count())
-    direct = len(gpus) > 1 and os.environ.get("LOCAL_WORLD_SIZE") == str(size) and all(torch.cuda.can_device_access_peer(a, b) for a in gpus for b in gpus if a != b)
+    direct = (
+        len(gpus) > 1
+        and os.environ.get("LOCAL_WORLD_SIZE") == str(size)
+        and all(torch.cuda.can_device_access_peer(a, b) for a in gpus for b in gpus if a != b)
+    )
     return Shard(rank, size, dist.group.WORLD.group_name, direct, dist.PrefixStore("layerskip", store))
 
 
@@ -193,6 +218,7 @@ def run_command(main, watch=True):
 
     watch: end on signals at once; False if main takes them itself.
     """
+
     def together():
         shard = start()
         if shard.size == 1:

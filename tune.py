@@ -4,6 +4,7 @@ A round costs the same whatever it accepts, and how often drafts are accepted fo
 it gives what every exit would have drafted at every position. So a few timed rounds and that pass predict every E and K.
 `generate.py --early_exit auto --speculate_k auto` and `scripts/sweep.py` use it.
 """
+
 import json
 import statistics
 from pathlib import Path
@@ -14,7 +15,10 @@ from tqdm import tqdm
 
 from command import InputError
 
-CALIBRATION_TOKENS, CALIBRATION_K = 64, 6  # of the text that `calibrate` decodes, and the longest draft that it considers
+CALIBRATION_TOKENS, CALIBRATION_K = (
+    64,
+    6,
+)  # of the text that `calibrate` decodes, and the longest draft that it considers
 
 
 @torch.inference_mode()
@@ -29,8 +33,8 @@ def exit_chances(decoder, prompt, text, exits):
     x, hidden = torch.tensor([prompt + text[:-1]], device=decoder.pos.device), {}
     for i in range(model.config.n_layer):
         x = model(x, None, i, i + 1)
-        hidden[i + 1] = x[0, len(prompt):]  # where the drafts of text[1:] are made
-    q = sampling.distribution(model.logits(x[0, len(prompt):])) if sampling.temperature else None
+        hidden[i + 1] = x[0, len(prompt) :]  # where the drafts of text[1:] are made
+    q = sampling.distribution(model.logits(x[0, len(prompt) :])) if sampling.temperature else None
     for e in exits:
         logits = decoder.draft_logits(hidden[e])
         if q is None:
@@ -87,12 +91,18 @@ def predict(build, prompts, tokens, exits, ks, timed_ks, repeats):
     progress bar shows the timings.
     """
     rows = max(map(len, prompts)) + tokens + max(ks)
-    drafting, plain = build(exits[0], max(timed_ks), rows), build(None, 0, rows)  # the largest caches first: all decoders are compiled for them
+    drafting, plain = (
+        build(exits[0], max(timed_ks), rows),
+        build(None, 0, rows),
+    )  # the largest caches first: all decoders are compiled for them
     texts = [list(plain.generate(prompt, tokens + max(ks))) for prompt in tqdm(prompts, desc="decoding", disable=None)]
     chances = [exit_chances(drafting, prompt, text, exits) for prompt, text in zip(prompts, texts)]
-    middle = prompts[0] + texts[0][:tokens // 2]  # a text of half the length costs what a text does on average
+    middle = prompts[0] + texts[0][: tokens // 2]  # a text of half the length costs what a text does on average
     pairs = [(e, k) for e in sorted({exits[0], exits[-1]}) for k in timed_ks]
-    cost = {(e, k): round_cost(build(e, k, rows), plain, middle, repeats) for e, k in tqdm(pairs, desc="timing", disable=None)}
+    cost = {
+        (e, k): round_cost(build(e, k, rows), plain, middle, repeats)
+        for e, k in tqdm(pairs, desc="timing", disable=None)
+    }
     result = {}
     for e in exits:
         share = (e - exits[0]) / max(exits[-1] - exits[0], 1)
@@ -115,7 +125,9 @@ def calibrate(build, model, prompt, exit_layer=None, k=None):
     ks = list(range(1, CALIBRATION_K + 1)) if k is None else [k]
     tokens = min(CALIBRATION_TOKENS, model.config.context - len(prompt) + 1)
     if tokens < 3:  # one that is the prompt's, and a round after half of the rest
-        raise InputError(f"auto: the prompt's {len(prompt)} tokens leave no room to calibrate in; name --early_exit and --speculate_k")
+        raise InputError(
+            f"auto: the prompt's {len(prompt)} tokens leave no room to calibrate in; name --early_exit and --speculate_k"
+        )
     predicted = predict(build, [prompt], tokens, exits, ks, sorted({ks[0], ks[-1]}), repeats=5)
     best = max(predicted, key=lambda setting: predicted[setting][0])
     gain = predicted[best][0]
@@ -123,6 +135,7 @@ def calibrate(build, model, prompt, exit_layer=None, k=None):
 
 
 # The settings kept beside a checkpoint: model.tune.json, a list of objects, each a `key` with exit_layer (None: plain) and k.
+
 
 def tuned_path(checkpoint):
     return Path(checkpoint).with_suffix(".tune.json")
@@ -146,7 +159,9 @@ def read_settings(checkpoint):
             [entry[name] for name in ("device", "precision", "compile", "greedy", "exit_layer", "k")]
         return entries
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: not the settings that scripts/sweep.py writes ({error}); delete it, or run the sweep again") from None
+        raise InputError(
+            f"{path}: not the settings that scripts/sweep.py writes ({error}); delete it, or run the sweep again"
+        ) from None
 
 
 def store(checkpoint, key, exit_layer, k):
