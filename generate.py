@@ -580,8 +580,6 @@ def parse_args(argv=None):
             check_writable(option, path)
     if args.prompt is not None and args.prompt_file:
         raise InputError("--prompt and --prompt_file both name a prompt: give one")
-    if args.interactive and (args.prompt is not None or args.prompt_file):
-        raise InputError("--interactive reads its prompts from the terminal: leave out --prompt and --prompt_file")
     if args.system is not None and not args.chat:
         raise InputError("--system is for --chat: give both")
     if args.chat and not args.interactive and args.prompt is None and not args.prompt_file:
