@@ -459,7 +459,202 @@ def peak_memory_gb(device: str | torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+<<<<<<< HEAD
 # A sample: where it ends, its text, and conversations made of samples.
+=======
+class Text:
+    """Turns a stream of ids into text: `push(id)` returns the text that has become certain, `flush` the rest.
+
+    The pieces joined are what decoding prompt and ids at once gives, less the prompt's text. Holds back what a following id
+    could still change: half a character, or the beginning of a stop string. After a stop string `stopped` is true, and the
+    text ends before it. Each id costs the same, however long the text is.
+    """
+
+    def __init__(self, tokenizer, prompt=(), stop=()):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.ids = [id for id in prompt if tokenizer.is_shown(id)]  # decoded together with new ones
+        self.taken = len(self.ids)  # of them, those whose text has been returned
+        self.known = len(tokenizer.decode(self.ids))  # the length of that text
+        self.held, self.stopped = "", False
+
+    def push(self, token):
+        if not self.tokenizer.is_shown(token):
+            return ""
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        if self.tokenizer.is_byte(token) or text.endswith("\ufffd") or len(text) <= self.known:
+            return ""
+        self.held += text[self.known:]
+        self.ids = self.ids[self.taken:]  # the last piece is enough to show how a following id reads
+        self.taken, self.known = len(self.ids), len(self.tokenizer.decode(self.ids))
+        return self._release(last=False)
+
+    def flush(self):
+        if self.stopped:
+            return ""
+        self.held += self.tokenizer.decode(self.ids)[self.known:]
+        return self._release(last=True)
+
+    def _release(self, last):
+        """What is certain of the text held back: all of it before a stop string, or before the possible beginning of one."""
+        found = [at for s in self.stop if (at := self.held.find(s)) >= 0]
+        self.stopped = bool(found)
+        beginning = 0
+        if not last:
+            beginning = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        certain = min(found, default=len(self.held) - beginning)
+        text, self.held = self.held[:certain], self.held[certain:]
+        return text
+
+
+class DraftDisplay:
+    """Prints a stream of text and, dimmed behind it, the current draft, which the next text overwrites."""
+
+    def __init__(self, tokenizer, colour):
+        self.tokenizer, self.colour, self.column, self.drawn = tokenizer, colour, 0, 0
+
+    def draft(self, ids):
+        if not self.colour:
+            return
+        room = shutil.get_terminal_size().columns - 1 - self.column % shutil.get_terminal_size().columns
+        text = self.tokenizer.decode(ids).replace("\n", "⏎").replace("\t", " ")[:max(room, 0)]
+        print(f"\033[2m{text}\033[0m", end="", flush=True)
+        self.drawn = len(text)
+
+    def text(self, text):
+        if self.drawn:
+            print(f"\033[{self.drawn}D\033[K", end="")
+            self.drawn = 0
+        print(text, end="", flush=True)
+        self.column = len(text) - text.rfind("\n") - 1 + (0 if "\n" in text else self.column)
+
+
+def find_checkpoint(args, shard):
+    """The path of model.pth that the arguments name; `--model REPO` (or a local folder) is prepared by the first process if it isn't there."""
+    if not args.model:
+        return args.checkpoint_path or CHECKPOINTS / "demo" / "model.pth"
+    folder = Path(args.model) if Path(args.model).is_dir() else CHECKPOINTS / args.model
+    if shard.rank == 0 and not (folder / "model.pth").is_file():
+        script = CHECKPOINTS.parent / "scripts" / "prepare.sh"
+        if subprocess.run(["bash", script, args.model], env={**os.environ, "PYTHON": sys.executable}).returncode:
+            sys.exit(1)  # it has said why
+    shard.gather(None)
+    return folder / "model.pth"
+
+
+def load(path, device, precision, shard=None):
+    """(model, tokenizer) of a checkpoint file. precision None: bfloat16 on CUDA, float32 on the CPU. shard: as in `load_model`."""
+    path = Path(path)
+    check_device(device)
+    if precision is None:
+        precision = "bfloat16" if torch.device(device).type == "cuda" else "float32"
+    model = load_model(path, device, getattr(torch, precision), shard)
+    tokenizer = Tokenizer.load(path.parent)
+    tokenizer.check_model(model.config.vocab_size)
+    return model, tokenizer
+
+
+def int_or_auto(text):
+    return text if text == "auto" else int(text)
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(
+        description="Generate text from a LayerSkip checkpoint, plainly or with self-speculative decoding. "
+                    "Without arguments: the demo checkpoint that comes with this repository.",
+        epilog="Where an option has two names, they are gpt-fast's and the LayerSkip repository's.")
+    g = p.add_argument_group("what to run")
+    g.add_argument("--checkpoint_path", type=Path, help="model.pth of a prepared checkpoint (default: checkpoints/demo/model.pth)")
+    g.add_argument("--model", metavar="REPO", help="checkpoints/REPO/model.pth, downloaded and converted first if it isn't there")
+    g.add_argument("--prompt", help="text to continue (default: the beginning of a Python class)")
+    g.add_argument("--prompt_file", metavar="FILE", help="the text to continue, exactly as it is in a UTF-8 file; - means standard input")
+    g.add_argument("--chat", action="store_true", help="the prompt is what a user says: put it into the checkpoint's chat template")
+    g.add_argument("--system", metavar="TEXT", help="with --chat: a system message, which begins the conversation")
+    g.add_argument("--interactive", action="store_true", help="read prompts from the terminal and stream the answers; drafted tokens appear dimmed until they are verified. With --chat: a conversation")
+    g.add_argument("--num_samples", type=int, default=5, help="how often to continue the prompt (default: %(default)s)")
+    g.add_argument("--max_new_tokens", "--max_steps", type=int, default=200, help="per sample (default: %(default)s)")
+    g.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="end a sample before the first of these strings, which may be special tokens")
+    g.add_argument("--stop_token_ids", type=int, nargs="+", default=[], metavar="N", help="end a sample with the first of these token ids, as with the checkpoint's own EOS ids")
+    g = p.add_argument_group("sampling")
+    g.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token (default: %(default)s)")
+    g.add_argument("--top_k", type=int, help="draw from the k most likely tokens only (default: all)")
+    g.add_argument("--top_p", type=float, default=1.0, help="draw from the most likely tokens that together have this probability (default: %(default)s)")
+    g.add_argument("--seed", type=int, default=1234, help="same seed, same text (default: %(default)s)")
+    g = p.add_argument_group("speculation", "The text's distribution is that of plain decoding, whatever is set here.")
+    g.add_argument("--self_speculative", action="store_true", help="draft with the first layers of the model itself")
+    g.add_argument("--generation_strategy", choices=["autoregressive", "self_speculative"], help="the LayerSkip repository's spelling of --self_speculative")
+    g.add_argument("--early_exit", "--exit_layer", type=int_or_auto, metavar="E", help="draft with this many layers (default: a quarter of them); auto: see below")
+    g.add_argument("--speculate_k", "--num_speculations", type=int_or_auto, default=4, metavar="K", help="draft this many tokens per round (default: %(default)s); "
+                   "auto for both takes the fastest that scripts/sweep.py has stored with the checkpoint, or else, as for one alone, a short calibration's; that may be plain decoding")
+    g.add_argument("--draft_head", choices=["int8", "full"], default="int8", help="draft with a copy of the output head in int8, or with the head itself (default: %(default)s)")
+    g.add_argument("--draft_checkpoint_path", type=Path, help="draft with this separate, smaller checkpoint instead")
+    g = p.add_argument_group("how to run")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 (default here: %(default)s)")
+    g.add_argument("--precision", choices=["bfloat16", "float16", "float32"], help="of the weights (default: bfloat16 on CUDA, float32 on the CPU)")
+    g.add_argument("--compile", action="store_true", help="compile decoding")
+    g.add_argument("--compile_prefill", action="store_true", help="compile the prompt's pass too")
+    g.add_argument("--profile", type=Path, metavar="FILE", help="write a trace of one more sample, for chrome://tracing or Perfetto")
+    g.add_argument("--json", metavar="FILE", help="write everything measured as one JSON object; - means the last line of the output")
+    args = p.parse_args(argv)
+    args.self_speculative |= args.generation_strategy == "self_speculative"
+    if args.self_speculative and args.generation_strategy == "autoregressive":
+        raise InputError("--self_speculative and --generation_strategy autoregressive contradict each other")
+    for name in ("model", "checkpoint_path", "draft_checkpoint_path", "json", "profile", "prompt_file"):
+        if str(getattr(args, name)) in ("", "."):  # an empty shell variable
+            raise InputError(f"--{name}: is empty")
+    if args.model and args.checkpoint_path:
+        raise InputError("--model and --checkpoint_path both name a checkpoint: give one")
+    if not args.self_speculative and (args.early_exit is not None or args.speculate_k == "auto"):
+        raise InputError(f"--{'speculate_k auto' if args.early_exit is None else 'early_exit'} is for --self_speculative: give both")
+    if args.draft_checkpoint_path and "auto" in (args.early_exit, args.speculate_k):
+        raise InputError("auto chooses between layers of the model itself: leave out --draft_checkpoint_path")
+    for name in ("num_samples", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)}: must be 1 or more")
+    if "" in args.stop:
+        raise InputError("--stop: an empty string would end every sample before it begins")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed {args.seed}: must be 0 to 2^63 - 1")
+    for option, path in (("--json", args.json), ("--profile", args.profile)):
+        if path and path != "-":
+            check_writable(option, path)
+    if args.prompt is not None and args.prompt_file:
+        raise InputError("--prompt and --prompt_file both name a prompt: give one")
+    if args.system is not None and not args.chat:
+        raise InputError("--system is for --chat: give both")
+    if args.chat and not args.interactive and args.prompt is None and not args.prompt_file:
+        raise InputError("--chat: needs --prompt TEXT, what the user says, or --interactive")
+    if any(id < 0 for id in args.stop_token_ids):
+        raise InputError("--stop_token_ids: ids are 0 or more")
+    if args.interactive and (args.json or args.profile):
+        raise InputError("--interactive writes no --json and no --profile: leave them out")
+    return args
+
+
+def make_decoder(args, model, draft_model, rows):
+    exit_layer = None
+    if args.self_speculative:
+        exit_layer = model.config.default_exit if args.early_exit is None else args.early_exit
+    return Decoder(
+        model, exit_layer=exit_layer, draft_model=draft_model, k=args.speculate_k, draft_head=args.draft_head,
+        sampling=Sampling(args.temperature, args.top_k, args.top_p), rows=rows, compile=args.compile, compile_prefill=args.compile_prefill, seed=args.seed)
+
+
+def settle_auto(args, path, model, prompt, shard):
+    """Replace auto in the arguments by the fastest exit layer and draft length; by plain decoding if that is faster. Says which, and how it knows.
+    What the first process measures is what all take."""
+    exits, ks = (None if value == "auto" else value for value in (model.config.default_exit if args.early_exit is None else args.early_exit, args.speculate_k))
+
+    def build(exit_layer, k, rows):
+        own = argparse.Namespace(**{**vars(args), "self_speculative": exit_layer is not None, "early_exit": exit_layer, "speculate_k": k})
+        return make_decoder(own, model, None, rows)
+
+    key = tune.key(model, args.compile, args.temperature)
+    stored = shard.share(tune.stored(path, key) if exits is ks is None else None)
+    exit_layer, k, why = stored or shard.share(tune.calibrate(build, model, prompt, exits, ks))
+    args.self_speculative, args.early_exit, args.speculate_k = exit_layer is not None, exit_layer, k
+    print(f"auto: {f'--early_exit {exit_layer} --speculate_k {k}' if args.self_speculative else 'plain decoding, which no draft beats'} ({why})")
+>>>>>>> main
 
 
 @dataclass(frozen=True)

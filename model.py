@@ -209,14 +209,17 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    k_cache: Any  # (B, G, S, C), or None
+    v_cache: Any  # (B, G, S, C), or None
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.wqkv = Linear(config.dim, width + 2 * kv_width, config.quantization, config.groupsize)
         self.wo = Linear(width, config.dim, config.quantization, config.groupsize)
-        self.register_buffer("k_cache", None, persistent=False)  # (B, G, S, C)
-        self.register_buffer("v_cache", None, persistent=False)  # (B, G, S, C)
+        self.register_buffer("k_cache", None, persistent=False)
+        self.register_buffer("v_cache", None, persistent=False)
 
     def forward(self, x: Tensor, pos: Tensor, rope: tuple[Tensor, Tensor], cached: bool) -> Tensor:
         qkv = self.wqkv(x).unflatten(2, (-1, self.head_dim))  # (B, T, H + 2G, C)

@@ -269,7 +269,6 @@ def test_prompts_from_files_are_taken_as_they_are(chat_folder, tmp_path):
         (["--chat"], b"", b"--chat: needs --prompt TEXT"),
         (["--system", "x", "--prompt", "x"], b"", b"--system is for --chat"),
         (["--stop_token_ids", "-1"], b"", b"ids are 0 or more"),
-        (["--interactive", "--prompt", "x"], b"", b"reads its prompts from the terminal"),
     ):
         result = command(chat_folder, *args, input=given)
         assert result.returncode == 1 and words in result.stderr and result.stderr.count(b"\n") == 1

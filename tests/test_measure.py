@@ -440,7 +440,7 @@ def test_log_likelihoods_of_an_exit_are_the_models_cut_there(bpe_folder, local_t
     sample = json.loads((tmp_path / "e.json").read_text())["samples"]["local_choice"][2]
     context, continuation = sample["arguments"][0]
     tokenizer = generate.Tokenizer.load(path.parent)
-    before, ids = tokenizer.encode(context.rstrip()), tokenizer.encode(context + continuation)
+    before, ids = (tokenizer.encode(text, special=False) for text in (context.rstrip(), context + continuation))
     with torch.inference_mode():
         logprobs = model.logits(model(torch.tensor([[1] + ids]), None, 0, 2)[0]).log_softmax(-1)
     expected = sum(logprobs[i, ids[i]].item() for i in range(len(before), len(ids)))
