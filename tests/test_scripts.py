@@ -81,7 +81,7 @@ def shell(command, cwd=ROOT, **env):
 
 
 def test_the_documented_commands_run_word_for_word(hf_folder, tmp_path):
-    """In a copy of the repository, where checkpoints/facebook/layerskip-llama2-7B is downloaded already (here: tiny)."""
+    """In a copy of the repository, where checkpoints/facebook/layerskip-llama2-7B is there already (here: tiny)."""
     copy = tmp_path / "copy"
     copy.mkdir()
     for name in (

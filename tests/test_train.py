@@ -114,7 +114,7 @@ def test_loss_is_the_weighted_sum_over_exits_of_kept_layers():
     model, calls = objective.model, [0, 0, 0]
     keep = torch.tensor([[True, True, True, True], [True, False, True, False], [False, False, False, False]])
     weights = torch.tensor([0.25, 0.0, 0.75])
-    for i in range(len(model.layers)):
+    for i, layer in enumerate(model.layers):
         layer.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
     total, losses = objective(tokens, targets, keep, weights, keep.any(1))
     assert calls == [1, 1, 0] and losses[1].isnan()
