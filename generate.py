@@ -3,6 +3,7 @@
 The engine is `Decoder`: `for token in Decoder(model).generate(ids, 100): ...` yields tokens as they are accepted.
 The command line below it is a thin user.
 """
+
 import argparse
 import json
 import os
@@ -13,21 +14,24 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels import formats
 import tune
 from checkpoint import count_parameters, load_model
 from command import InputError, check_device, check_writable
+from drafters import Drafter, make_drafter, weight_bytes
 from model import Transformer
-from tokenizer import Tokenizer
-from tp import broadcast, run_command, start
+from tokenizer import Text, Tokenizer
+from tp import Shard, broadcast, run_command, start
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 DEFAULT_PROMPT = "class Stack:\n    def __init__(self):\n"
@@ -37,24 +41,31 @@ INTERACTIVE_ROWS = 8192  # what --interactive provides for, of contexts that may
 @dataclass(frozen=True)
 class Sampling:
     """How a token is chosen. temperature 0 is argmax; top_k None and top_p 1 leave the distribution whole."""
+
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
 
     def __post_init__(self):
-        if not (self.temperature == 0 or 1e-4 <= self.temperature < torch.inf):  # below, float32 can't hold what logits become
+        if not (
+            self.temperature == 0 or 1e-4 <= self.temperature < torch.inf
+        ):  # below, float32 can't hold what logits become
             raise InputError(f"--temperature {self.temperature}: must be 0 (argmax), or 0.0001 or more")
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"--top_k {self.top_k}: must be 1 or more")
         if not 0 < self.top_p <= 1:
             raise InputError(f"--top_p {self.top_p}: must be above 0 and at most 1")
 
-    def distribution(self, logits: Tensor):
-        """Probabilities (..., V), float32, that tokens are drawn from, given logits (..., V) of any dtype. temperature > 0."""
+    def distribution(self, logits: Tensor) -> Tensor:
+        """Probabilities (..., V), float32, that tokens are drawn from, given logits (..., V) of any dtype.
+        temperature > 0.
+        """
         logits = logits.float() / self.temperature
         if self.top_k is not None:
             kept = logits.topk(min(self.top_k, logits.shape[-1]))
-            logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)  # no more than k, where some are equal
+            logits = torch.full_like(logits, -torch.inf).scatter(
+                -1, kept.indices, kept.values
+            )  # no more than k, where some are equal
         probs = logits.softmax(-1)
         if self.top_p < 1:
             ranked, order = probs.sort(descending=True, dim=-1)
@@ -64,7 +75,10 @@ class Sampling:
         return probs
 
 
-def draw(weights: Tensor, u: Tensor):
+GREEDY = Sampling()
+
+
+def draw(weights: Tensor, u: Tensor) -> Tensor:
     """Draw an index (...,) from unnormalized weights (..., V) with uniform numbers u (...,) in [0, 1), by inverse CDF.
 
     In float64, so that the smallest probability that float32 holds is still drawn as often as it should be.
@@ -73,13 +87,13 @@ def draw(weights: Tensor, u: Tensor):
     return (cdf <= u[..., None] * cdf[..., -1:]).sum(-1).clamp(max=weights.shape[-1] - 1)
 
 
-def accept(drafted: Tensor, draft_probs: Tensor | None, logits: Tensor, u: Tensor | None, sampling: Sampling):
+def accept(drafted: Tensor, draft_probs: Tensor, logits: Tensor, u: Any, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """The exact acceptance rule of speculative sampling (Leviathan et al. 2211.17192; Chen et al. 2302.01318).
 
-    drafted: (K,) ids, each drawn from its row of draft_probs (K, V), the p below. logits: (K+1, V) of the target, whose
-    distribution is q. u: (K+1,) uniform numbers. Token x is accepted with probability min(1, q(x) / p(x)); at the first
-    rejection one is drawn from norm(max(q - p, 0)), and after K acceptances from q, so that what comes out is distributed
-    as q. At temperature 0 both distributions are a point and the rule is equality with the argmax.
+    drafted: (K,) ids, each drawn from its row of draft_probs (K, V), the p below. logits: (K+1, V) of the target,
+    whose distribution is q. u: (K+1,) uniform numbers. Token x is accepted with probability min(1, q(x) / p(x)); at
+    the first rejection one is drawn from norm(max(q - p, 0)), and after K acceptances from q, so that what comes out
+    is distributed as q. At temperature 0 both distributions are a point and the rule is equality with the argmax.
 
     Returns (tokens (K+1,), n (1,)): tokens[:n + 1] are n accepted tokens and the one that follows; the rest is garbage.
     """
@@ -99,7 +113,7 @@ def accept(drafted: Tensor, draft_probs: Tensor | None, logits: Tensor, u: Tenso
     return torch.where(torch.arange(K + 1, device=n.device) == n, last, torch.cat((drafted, last))), n
 
 
-def all_finite(logits: Tensor):
+def all_finite(logits: Tensor) -> Tensor:
     """Whether each row of logits (..., V) has finite numbers only: (...,) bool."""
     return logits.sum(-1, dtype=torch.float32).isfinite()
 
@@ -111,6 +125,7 @@ class Stats:
     Times in seconds by the clock; decode_seconds, from the first token to the last round, includes what the caller did
     between tokens, as a GPU goes on meanwhile.
     """
+
     prompt_tokens: int
     accept_counts: list[int]
     prefill_seconds: float = 0.0
@@ -119,136 +134,62 @@ class Stats:
     prefill_tokens: int = 0  # of the prompt, those whose rows the caches did not have
 
     @property
-    def tokens_per_second(self):
+    def tokens_per_second(self) -> float:
         """New tokens after the first over decoding time; 0 if there were none."""
         return (len(self.tokens) - 1) / self.decode_seconds if len(self.tokens) > 1 else 0.0
 
 
-class Decoder:
-    """Decodes one sequence at a time, with or without speculation, in rounds of static shape.
+class Round:
+    """What a round computes, in pieces of static shape that are compiled, without asking the device for anything.
 
-    A round feeds the last emitted token, which has no cache row yet, and K drafted ones; it emits between 1 and K + 1
-    tokens. Plain decoding is K = 0. With a drafter, K + 1 single passes come first:
-
-    - self-speculation: layers [0, exit_layer) of the target; verification continues from their hidden states with
-      layers [exit_layer, L) alone, so that no layer sees a position twice;
-    - a separate draft model: all its layers; verification runs the whole target.
-
-    The last of the K + 1 passes needs no head: it fills the row (and hidden state) that a fully accepted round needs.
+    The text so far is token (1, 1), the last one emitted, and pos (1,), its position; `verify` moves both on.
     """
 
-    def __init__(self, model: Transformer, *, exit_layer=None, draft_model: Transformer | None = None, k=4, draft_head="int8",
-                 sampling=Sampling(), rows=None, compile=False, compile_prefill=False, seed=None):
-        """rows: positions to provide for, prompt and new tokens together (default and most: the context).
-        Decoders of one model share its caches, so one generation must end before the next begins.
-
-        draft_head: "int8" drafts with a copy of the head rounded to int8, which reads a quarter or half of the bytes, where there are kernels for it;
-        "full" with the head itself. What is emitted has the same distribution, and at temperature 0 is the same.
-        k is ignored in plain decoding (neither exit_layer nor draft_model). Of a model split over several processes (tp.py), all must
-        do the same with their decoders; the tokens are those of the first. A draft model must share the target's tokenizer; if
-        one has more ids than the other, those are never drafted. Raises InputError for an exit layer or k out of range.
-        """
-        config = model.config
-        self.model, self.sampling = model, sampling
-        self.exit_layer, self.shared = exit_layer, draft_model is None
-        self.drafter = draft_model or (model if exit_layer is not None else None)
-        self.K = k if self.drafter else 0
-        if draft_model is not None and exit_layer is not None:
-            raise InputError("self-speculation and a separate draft model exclude each other")
-        if exit_layer is not None and not 1 <= exit_layer < config.n_layer:
-            raise InputError(f"--early_exit {exit_layer}: the model has {config.n_layer} layers, so 1 to {config.n_layer - 1} can be drafted with")
-        if self.drafter and not 1 <= k < kernels.MAX_ROWS:
-            raise InputError(f"--speculate_k {k}: must be 1 to {kernels.MAX_ROWS - 1}")
-        self.shared_vocab = min(config.vocab_size, self.drafter.config.vocab_size) if self.drafter else 0
-        self.models = [model] if self.shared else [model, draft_model]
-        self.context = min(m.config.context for m in self.models)
-        self.rows = min(rows or self.context, self.context)
-        for m in self.models:
-            m.setup_caches(self.rows + 2 * (self.K + 1))  # a round may run past the last wanted token, and one late past that
-        coarse = self.drafter and draft_head == "int8" and not self.drafter.config.quantization  # a quantized head is int8 already
-        with torch.no_grad():  # as decoding will be
-            coarse = coarse and kernels.backend(self.drafter.head.weight, 1)  # without kernels int8 would be widened at every step
-        self.draft_head = formats.int8_rows(self.drafter.head.weight) if coarse else None  # (weight, scale)
+    def __init__(self, model: Transformer, drafter: Drafter, sampling: Sampling):
         device = model.embed.weight.device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # Triton and graphs work on the current one
-        self.token = torch.zeros(1, 1, dtype=torch.long, device=device)  # the last emitted token
-        self.pos = torch.zeros(1, dtype=torch.long, device=device)  # its position
-        self.offsets = torch.arange(self.K + 1, device=device)
-        self.random = torch.Generator(device)
-        self.random.manual_seed(seed) if seed is not None else self.random.seed()
-        if model.shard:
-            self.random.manual_seed(model.shard.share(self.random.initial_seed()))
-        self.stats = None  # of the last generation
-        self.propose, self.verify, self.prefill = self._propose, self._verify, self._prefill
-        if compile:  # each decoder compiles the same two functions for its own model, exit layer and k
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
-            self.propose, self.verify = (torch.compile(f, fullgraph=True, dynamic=False) for f in (self._propose, self._verify))
-        if compile_prefill:
-            self.prefill = torch.compile(self._prefill, fullgraph=True, dynamic=True)
-        self.late = int(device.type == "cuda")  # rounds in flight while the host reads an earlier one
-        self.graphed = compile and device.type == "cuda"
-        self.graph = None  # (CUDA graph of a round, its result (K+2,), the caches it was recorded with)
+        self.model, self.drafter, self.sampling = model, drafter, sampling
+        self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
+        self.pos = torch.zeros(1, dtype=torch.long, device=device)
+        self.offsets = torch.arange(drafter.k + 1, device=device)
 
-    def uniform(self, count):
-        """Random numbers (count,) for one round; float64, as `draw` wants them. None at temperature 0."""
-        if self.sampling.temperature == 0:
-            return None
-        return torch.rand(count, dtype=torch.float64, device=self.pos.device, generator=self.random)
+    def agree(self, tokens: Tensor) -> Tensor:
+        """What the first of the processes chose, on all of them."""
+        return broadcast(tokens, self.model.shard) if self.model.shard else tokens
 
-    def choose(self, logits, u):
+    def choose(self, logits: Tensor, u: Any) -> tuple[Tensor, Tensor | None]:
         """The next token (1, 1) for logits (1, V) and u (1,), and the probabilities (1, V) it was drawn from."""
         if self.sampling.temperature == 0:
             return self.agree(logits.argmax(-1, keepdim=True)), None
         probs = self.sampling.distribution(logits)
         return self.agree(draw(probs, u)[:, None]), probs
 
-    def agree(self, tokens):
-        """What the first of the processes chose."""
-        return broadcast(tokens, self.model.shard) if self.model.shard else tokens
-
-    def _prefill(self, prompt, pos, u):
+    def prefill(self, prompt: Tensor, pos: Tensor | None, u: Tensor | None) -> Tensor:
         """Fill the caches from the prompt (1, T), whose positions are pos (T,), or None if it is all of the text.
 
         Returns (2,): the first token, and whether its logits were finite numbers.
         """
-        if self.drafter and not self.shared:
-            self.drafter(self.known_to_drafter(prompt), pos)
+        self.drafter.prefill(prompt, pos)
         logits = self.model.logits(self.model(prompt, pos)[:, -1])
-        return torch.cat((self.choose(logits, u)[0][0], all_finite(logits).long()))
+        token, _ = self.choose(logits, u)
+        return torch.cat((token[0], all_finite(logits).long()))
 
-    def known_to_drafter(self, tokens):
-        """Tokens that a separate draft model can be fed: where it lacks one, another stands in for it."""
-        if self.shared or self.shared_vocab == self.model.config.vocab_size:
-            return tokens
-        return tokens.clamp(max=self.shared_vocab - 1)
+    def step(self, token: Tensor, pos: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One drafting step: (state, next token (1, 1), its distribution (1, V))."""
+        state, logits = self.drafter.step(token, pos)
+        return state, *self.choose(logits, u)
 
-    def draft_logits(self, h):
-        """What drafting chooses from: logits (..., V) for hidden states h (..., D) of an exit; V are the ids that both models have."""
-        if self.draft_head:
-            return self.drafter.head.combine(kernels.linear(self.drafter.norm(h), *self.draft_head))[..., :self.shared_vocab]
-        return self.drafter.logits(h)[..., :self.shared_vocab]
+    def verify(self, tokens: Tensor, states: list, probs: list, pos: Tensor, u: Tensor | None) -> Tensor:
+        """The pass that decides: tokens (1, K+1) from position pos (1,) on, with states and probs of `Drafter.draft`.
 
-    def _propose(self, token, pos, u):
-        """One drafting step: (hidden (1, 1, D), next token (1, 1), its distribution (1, V))."""
-        hidden = self.drafter(self.known_to_drafter(token), pos, 0, self.exit_layer)
-        return hidden, *self.choose(self.draft_logits(hidden[:, -1]), u)
-
-    def _verify(self, tokens, hidden, probs, pos, u):
-        """The pass that decides: tokens (1, K+1) from position pos (1,) on, hidden and probs from K drafting steps.
-
-        Moves `token` and `pos` on. Returns (K+2,): the K + 1 tokens of `accept`, then the number accepted, or -1 if the
-        logits that decided were no finite numbers.
+        Returns (K+2,): the K + 1 tokens of `accept`, then the number accepted, or -1 if the logits that decided were no
+        finite numbers.
         """
-        if self.drafter:
-            hidden = [*hidden, self.drafter(self.known_to_drafter(tokens[:, -1:]), pos + self.K, 0, self.exit_layer)]
-        if self.drafter and self.shared:
-            x, start = torch.cat(hidden, dim=1), self.exit_layer
-        else:
-            x, start = tokens, 0
+        x, start = self.drafter.verify_from(tokens, states, pos)
         logits = self.model.logits(self.model(x, pos + self.offsets, start)[0])  # (K+1, V)
-        p = torch.cat(probs) if probs and probs[0] is not None else logits.new_zeros(0, self.shared_vocab)
-        p = F.pad(p, (0, logits.shape[-1] - p.shape[-1]))  # what only the target has was not drafted
+        p = logits.new_zeros(0, logits.shape[-1])
+        if self.sampling.temperature and probs:
+            p = torch.cat(probs)
+            p = F.pad(p, (0, logits.shape[-1] - p.shape[-1]))  # what only the target has was not drafted
         result = self.agree(torch.cat(accept(tokens[0, 1:], p, logits, u, self.sampling)))  # (K+2,)
         n = result[-1:]
         self.token.copy_(result.index_select(0, n)[None])
@@ -256,28 +197,101 @@ class Decoder:
         decided = all_finite(logits) | (self.offsets > n)  # rows behind the last token that is kept decide nothing
         return torch.cat((result[:-1], torch.where(decided.all(), n, -1)))
 
-    def round(self, on_draft=None):
-        """Draft K tokens and verify them, without asking the device for anything. Returns (K+2,) as `_verify` does."""
-        K, u = self.K, self.uniform(2 * self.K + 1)
-        tokens, hidden, probs = [self.token], [], []
-        for i in range(K):
-            h, token, p = self.propose(tokens[-1], self.pos + i, None if u is None else u[i:i + 1])
-            tokens.append(token), hidden.append(h), probs.append(p)
-        tokens = torch.cat(tokens, dim=1)
-        if on_draft and K:
-            on_draft(tokens[0, 1:].tolist())
-        return self.verify(tokens, hidden, probs, self.pos, None if u is None else u[K:])
 
-    def record(self):
+class Decoder:
+    """Decodes one sequence at a time in rounds of static shape, with any drafter.
+
+    A round feeds the last emitted token, which has no cache row yet, and K drafted ones; it emits between 1 and K + 1
+    tokens. Plain decoding is K = 0.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        drafter: Drafter | None = None,
+        exit_layer: int | None = None,
+        draft_model: Transformer | None = None,
+        k: int = 4,
+        draft_head: str = "int8",
+        sampling: Sampling = GREEDY,
+        rows: int | None = None,
+        compile: bool = False,
+        compile_prefill: bool = False,
+        seed: int | None = None,
+    ):
+        """drafter: for this model; or else exit_layer, draft_model, k and draft_head describe one, as for
+        `make_drafter`.
+
+        rows: positions to provide for, prompt and new tokens together (default and most: the context). Decoders of
+        one model share its caches, so one generation must end before the next begins. Of a model split over several
+        processes (tp.py), all must do the same with their decoders; the tokens are those of the first. Raises
+        InputError as `make_drafter` does.
+        """
+        self.model, self.sampling = model, sampling
+        self.drafter = drafter or make_drafter(model, exit_layer, draft_model, k, draft_head)
+        self.K, self.exit_layer, self.models = self.drafter.k, self.drafter.exit_layer, self.drafter.models
+        self.context = min(m.config.context for m in self.models)
+        self.rows = min(rows or self.context, self.context)
+        for m in self.models:  # a round may run past the last wanted token, and one late past that
+            m.setup_caches(self.rows + 2 * (self.K + 1))
+        device = model.embed.weight.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton and graphs work on the current one
+        pieces = Round(model, self.drafter, sampling)
+        self.token, self.pos = pieces.token, pieces.pos
+        self.step, self.verify, self.prefill = pieces.step, pieces.verify, pieces.prefill
+        if compile:  # each decoder compiles the same two functions for its own model, drafter and k
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+            self.step = torch.compile(pieces.step, fullgraph=True, dynamic=False)
+            self.verify = torch.compile(pieces.verify, fullgraph=True, dynamic=False)
+        if compile_prefill:
+            self.prefill = torch.compile(pieces.prefill, fullgraph=True, dynamic=True)
+        self.random = self.make_generator(device, seed)
+        self.stats = Stats(0, [])  # of the last generation
+        self.late = int(device.type == "cuda")  # rounds in flight while the host reads an earlier one
+        self.graphed = compile and device.type == "cuda"
+        self.graph: Any = None  # (CUDA graph of a round, its result (K+2,), the caches it was recorded with)
+
+    def make_generator(self, device: torch.device, seed: int | None) -> torch.Generator:
+        """Random numbers on the device; without a seed different each time, but the same on all processes."""
+        random = torch.Generator(device)
+        if seed is None:
+            random.seed()
+        else:
+            random.manual_seed(seed)
+        if self.model.shard:
+            random.manual_seed(self.model.shard.share(random.initial_seed()))
+        return random
+
+    def uniform(self, count: int) -> Tensor | None:
+        """Random numbers (count,) for one round; float64, as `draw` wants them. None at temperature 0."""
+        if self.sampling.temperature == 0:
+            return None
+        return torch.rand(count, dtype=torch.float64, device=self.pos.device, generator=self.random)
+
+    def round(self, on_draft: Callable | None = None) -> Tensor:
+        """Draft K tokens and verify them, without asking the device for anything. Returns (K+2,) as `Round.verify`
+        does.
+        """
+        u = self.uniform(2 * self.K + 1)
+        drafting, deciding = (None, None) if u is None else (u[: self.K], u[self.K :])
+        tokens, states, probs = self.drafter.draft(self.step, self.token, self.pos, drafting)
+        if on_draft and self.K:
+            on_draft(tokens[0, 1:].tolist())
+        return self.verify(tokens, states, probs, self.pos, deciding)
+
+    def record(self) -> None:
         """Record a round as one CUDA graph, unless that is done and the caches are where they were."""
         caches = [m.layers[0].attention.k_cache for m in self.models]
-        if self.graph and all(a is b for a, b in zip(self.graph[2], caches)):
+        if self.graph and all(a is b for a, b in zip(self.graph[2], caches, strict=True)):
             return
         random = self.random.get_state()
         side = torch.cuda.Stream(self.pos.device)
         side.wait_stream(torch.cuda.current_stream(self.pos.device))
         with torch.cuda.stream(side):
-            self.token.zero_(), self.pos.zero_()  # what these rounds write, the prompt overwrites
+            self.token.zero_()  # what these rounds write, the prompt overwrites
+            self.pos.zero_()
             for _ in range(2):  # compiles, tunes and allocates
                 self.round()
         torch.cuda.current_stream(self.pos.device).wait_stream(side)
@@ -289,7 +303,7 @@ class Decoder:
             out = self.round()
         self.graph = graph, out, caches
 
-    def launch(self, on_draft=None):
+    def launch(self, on_draft: Callable | None = None) -> Callable[[], list[int]]:
         """Start a round. Returns a function that waits until it is done and gives `_verify`'s result as a list."""
         if self.graphed and not on_draft:
             graph, out, _ = self.graph
@@ -302,27 +316,39 @@ class Decoder:
         host.copy_(out, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        return lambda: (copied.synchronize(), host.tolist())[1]
 
-    def check_prompt(self, prompt):
+        def read() -> list[int]:
+            copied.synchronize()
+            return host.tolist()
+
+        return read
+
+    def check_prompt(self, prompt: list[int]) -> None:
         """Raise InputError unless the ids are a prompt that can be continued."""
         if not prompt:
             raise InputError("the prompt is empty: give at least one token")
         if len(prompt) > self.rows:
-            raise InputError(f"the prompt has {len(prompt)} tokens, but there is room for {self.rows} (the model's context is {self.context})")
+            room = f"there is room for {self.rows} (the model's context is {self.context})"
+            raise InputError(f"the prompt has {len(prompt)} tokens, but {room}")
         if max(prompt) >= self.model.config.vocab_size:
-            raise InputError(f"the prompt has token id {max(prompt)}, but the model has only {self.model.config.vocab_size} tokens")
+            raise InputError(
+                f"the prompt has token id {max(prompt)}, but the model has only {self.model.config.vocab_size} tokens"
+            )
 
-    def cached_prefix(self, prompt):
-        """How many of the prompt's ids have rows in the caches that need not be computed again; the last one always is."""
+    def cached_prefix(self, prompt: list[int]) -> int:
+        """How many of the prompt's ids have rows in the caches that need not be computed again; the last one always
+        is.
+        """
         common = len(prompt) - 1
         for m in self.models:
             common = min(common, len(m.cached_ids))
             common = next((i for i in range(common) if m.cached_ids[i] != prompt[i]), common)
         return common
 
-    def start_text(self, prompt, reuse):
-        """Run the prompt through the model; returns the first token. Raises InputError if its logits are no finite numbers."""
+    def start_text(self, prompt: list[int], reuse: bool) -> int:
+        """Run the prompt through the model; returns the first token. Raises InputError if its logits are no finite
+        numbers.
+        """
         kept = self.cached_prefix(prompt) if reuse else 0
         for m in self.models:
             m.cached_ids = prompt[:kept]
@@ -335,21 +361,32 @@ class Decoder:
         self.pos.fill_(len(prompt))
         return token
 
-    def check_finite(self, finite):
+    def check_finite(self, finite: bool) -> None:
         if not finite:
             dtype = str(self.model.embed.weight.dtype)[6:]
-            advice = "the checkpoint may be damaged: convert it again" if dtype == "float32" else "try --precision float32"
-            raise InputError(f"--precision {dtype}: the model's logits are not finite numbers (NaN or infinity); {advice}")
+            advice = (
+                "the checkpoint may be damaged: convert it again" if dtype == "float32" else "try --precision float32"
+            )
+            raise InputError(
+                f"--precision {dtype}: the model's logits are not finite numbers (NaN or infinity); {advice}"
+            )
 
     @torch.inference_mode()
-    def generate(self, prompt, max_new_tokens, eos_ids=(), on_draft=None, reuse=False):
+    def generate(
+        self,
+        prompt: list[int],
+        max_new_tokens: int,
+        eos_ids: Collection[int] = (),
+        on_draft: Callable[[list[int]], None] | None = None,
+        reuse: bool = False,
+    ) -> Iterator[int]:
         """Yield up to max_new_tokens new ids, as they are accepted, stopping after any of eos_ids.
 
         prompt: a list of 1 to `rows` ids. No position at or beyond `rows` decides anything: a prompt that fills them
-        yields one token. on_draft, if given, is called with the drafted ids before each verification. reuse: where the prompt
-        begins as the text of the generation before, take over its cache rows (nothing else may have run the model since).
-        `stats` describes the generation so far. Raises InputError for an empty prompt or one that is too long, and if the
-        logits are not finite numbers, as happens in float16.
+        yields one token. on_draft, if given, is called with the drafted ids before each verification. reuse: where
+        the prompt begins as the text of the generation before, take over its cache rows (nothing else may have run
+        the model since). `stats` describes the generation so far. Raises InputError for an empty prompt or one that
+        is too long, and if the logits are not finite numbers, as happens in float16.
         """
         self.check_prompt(prompt)
         limit = min(max_new_tokens, self.rows - len(prompt) + 1)
@@ -368,302 +405,138 @@ class Decoder:
                 for m in self.models:
                     m.cached_ids = prompt + stats.tokens[:-1]  # the last has no row yet
 
-    def rounds(self, out, limit, eos_ids, on_draft):
+    def rounds(self, out: list[int], limit: int, eos_ids: Collection[int], on_draft: Callable | None) -> Iterator[int]:
         """Yield the tokens `out` and those of the rounds that follow, `limit` in all."""
         stats, began = self.stats, time.perf_counter()
-        late, pending = 0 if on_draft else self.late, deque()  # rounds started and not read
+        late = 0 if on_draft else self.late
+        pending: deque[Callable[[], list[int]]] = deque()  # rounds started and not read
         while True:
             for token in out:
                 stats.tokens.append(token)
                 yield token
                 if token in eos_ids or len(stats.tokens) == limit:
                     return  # what is still in flight is never read, and neither its tokens nor its counts are seen
-            while len(pending) <= late and len(stats.tokens) + len(pending) < limit:  # each round in flight brings a token or more
+            while (
+                len(pending) <= late and len(stats.tokens) + len(pending) < limit
+            ):  # each round in flight brings a token or more
                 pending.append(self.launch(on_draft))
             *out, accepted = pending.popleft()()  # the one place where the host waits
             self.check_finite(accepted >= 0)
             stats.decode_seconds = time.perf_counter() - began
             stats.accept_counts[accepted] += 1
-            out = out[:accepted + 1]
+            out = out[: accepted + 1]
 
     # The byte model: decoding reads every weight once a pass, so bytes are the currency.
 
-    def bytes_per_round(self):
-        """Bytes of weights that this process reads in one round: K drafting steps, and one full pass (two models: two)."""
-        full = span_bytes(self.model, 0, None)
-        if not self.drafter:
-            return full
-        layers = span_bytes(self.drafter, 0, self.exit_layer) - total_bytes(self.drafter.head)
-        head = sum(t.nbytes for t in self.draft_head) if self.draft_head else total_bytes(self.drafter.head)
-        return self.K * (layers + head) + full + (0 if self.shared else layers)
+    def full_bytes(self) -> int:
+        """Bytes of weights that this process reads in one pass of the whole target."""
+        return weight_bytes(*self.model.layers, self.model.norm, self.model.head)
 
-    def ideal_speedup(self, mean_accepted):
-        """Speed over plain decoding if time were bytes: (1 + mean accepted) / (K d + 1), d a drafting step's share of a pass."""
-        return (1 + mean_accepted) * span_bytes(self.model, 0, None) / self.bytes_per_round()
+    def bytes_per_round(self) -> int:
+        """Bytes of weights that this process reads in one round, drafting and one full pass."""
+        return self.full_bytes() + self.drafter.bytes_per_round()
 
-
-def span_bytes(model, start, stop):
-    """Bytes of weights read by layers [start, stop) and the head for one token."""
-    return sum(map(total_bytes, [*model.layers[start:stop], model.norm, model.head]))
+    def ideal_speedup(self, mean_accepted: float) -> float:
+        """Speed over plain decoding if time were bytes: (1 + mean accepted) / (K d + 1), d a drafting step's share of
+        a pass.
+        """
+        return (1 + mean_accepted) * self.full_bytes() / self.bytes_per_round()
 
 
-def total_bytes(module):
-    """Bytes of a module's weights with their scales; the caches are not among them."""
-    return sum(t.nbytes for t in module.state_dict().values())
-
-
-def acceptance(counts):
+def acceptance(counts: Sequence[float]) -> tuple[list[float], float]:
     """(acceptance probabilities, mean accepted) of accept counts; ([], 0) if there was no round."""
     rounds = sum(counts)
-    return ([c / rounds for c in counts], sum(i * c for i, c in enumerate(counts)) / rounds) if rounds else ([], 0.0)
+    if not rounds:
+        return [], 0.0
+    return [count / rounds for count in counts], sum(i * count for i, count in enumerate(counts)) / rounds
 
 
-def peak_memory_gb(device):
+def peak_memory_gb(device: str | torch.device) -> float:
     """Peak memory of this process in 1e9 bytes: allocated on the GPU, or resident on the CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # of what the system counts in
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-class Text:
-    """Turns a stream of ids into text: `push(id)` returns the text that has become certain, `flush` the rest.
-
-    The pieces joined are what decoding prompt and ids at once gives, less the prompt's text. Holds back what a following id
-    could still change: half a character, or the beginning of a stop string. After a stop string `stopped` is true, and the
-    text ends before it. Each id costs the same, however long the text is.
-    """
-
-    def __init__(self, tokenizer, prompt=(), stop=()):
-        self.tokenizer, self.stop = tokenizer, stop
-        self.ids = [id for id in prompt if tokenizer.is_shown(id)]  # decoded together with new ones
-        self.taken = len(self.ids)  # of them, those whose text has been returned
-        self.known = len(tokenizer.decode(self.ids))  # the length of that text
-        self.held, self.stopped = "", False
-
-    def push(self, token):
-        if not self.tokenizer.is_shown(token):
-            return ""
-        self.ids.append(token)
-        text = self.tokenizer.decode(self.ids)
-        if self.tokenizer.is_byte(token) or text.endswith("\ufffd") or len(text) <= self.known:
-            return ""
-        self.held += text[self.known:]
-        self.ids = self.ids[self.taken:]  # the last piece is enough to show how a following id reads
-        self.taken, self.known = len(self.ids), len(self.tokenizer.decode(self.ids))
-        return self._release(last=False)
-
-    def flush(self):
-        if self.stopped:
-            return ""
-        self.held += self.tokenizer.decode(self.ids)[self.known:]
-        return self._release(last=True)
-
-    def _release(self, last):
-        """What is certain of the text held back: all of it before a stop string, or before the possible beginning of one."""
-        found = [at for s in self.stop if (at := self.held.find(s)) >= 0]
-        self.stopped = bool(found)
-        beginning = 0
-        if not last:
-            beginning = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
-        certain = min(found, default=len(self.held) - beginning)
-        text, self.held = self.held[:certain], self.held[certain:]
-        return text
-
-
-class DraftDisplay:
-    """Prints a stream of text and, dimmed behind it, the current draft, which the next text overwrites."""
-
-    def __init__(self, tokenizer, colour):
-        self.tokenizer, self.colour, self.column, self.drawn = tokenizer, colour, 0, 0
-
-    def draft(self, ids):
-        if not self.colour:
-            return
-        room = shutil.get_terminal_size().columns - 1 - self.column % shutil.get_terminal_size().columns
-        text = self.tokenizer.decode(ids).replace("\n", "⏎").replace("\t", " ")[:max(room, 0)]
-        print(f"\033[2m{text}\033[0m", end="", flush=True)
-        self.drawn = len(text)
-
-    def text(self, text):
-        if self.drawn:
-            print(f"\033[{self.drawn}D\033[K", end="")
-            self.drawn = 0
-        print(text, end="", flush=True)
-        self.column = len(text) - text.rfind("\n") - 1 + (0 if "\n" in text else self.column)
-
-
-def find_checkpoint(args, shard):
-    """The path of model.pth that the arguments name; `--model REPO` (or a local folder) is prepared by the first process if it isn't there."""
-    if not args.model:
-        return args.checkpoint_path or CHECKPOINTS / "demo" / "model.pth"
-    folder = Path(args.model) if Path(args.model).is_dir() else CHECKPOINTS / args.model
-    if shard.rank == 0 and not (folder / "model.pth").is_file():
-        script = CHECKPOINTS.parent / "scripts" / "prepare.sh"
-        if subprocess.run(["bash", script, args.model], env={**os.environ, "PYTHON": sys.executable}).returncode:
-            sys.exit(1)  # it has said why
-    shard.gather(None)
-    return folder / "model.pth"
-
-
-def load(path, device, precision, shard=None):
-    """(model, tokenizer) of a checkpoint file. precision None: bfloat16 on CUDA, float32 on the CPU. shard: as in `load_model`."""
-    path = Path(path)
-    check_device(device)
-    if precision is None:
-        precision = "bfloat16" if torch.device(device).type == "cuda" else "float32"
-    model = load_model(path, device, getattr(torch, precision), shard)
-    tokenizer = Tokenizer.load(path.parent)
-    tokenizer.check_model(model.config.vocab_size)
-    return model, tokenizer
-
-
-def int_or_auto(text):
-    return text if text == "auto" else int(text)
-
-
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(
-        description="Generate text from a LayerSkip checkpoint, plainly or with self-speculative decoding. "
-                    "Without arguments: the demo checkpoint that comes with this repository.",
-        epilog="Where an option has two names, they are gpt-fast's and the LayerSkip repository's.")
-    g = p.add_argument_group("what to run")
-    g.add_argument("--checkpoint_path", type=Path, help="model.pth of a prepared checkpoint (default: checkpoints/demo/model.pth)")
-    g.add_argument("--model", metavar="REPO", help="checkpoints/REPO/model.pth, downloaded and converted first if it isn't there")
-    g.add_argument("--prompt", help="text to continue (default: the beginning of a Python class)")
-    g.add_argument("--prompt_file", metavar="FILE", help="the text to continue, exactly as it is in a UTF-8 file; - means standard input")
-    g.add_argument("--chat", action="store_true", help="the prompt is what a user says: put it into the checkpoint's chat template")
-    g.add_argument("--system", metavar="TEXT", help="with --chat: a system message, which begins the conversation")
-    g.add_argument("--interactive", action="store_true", help="read prompts from the terminal and stream the answers; drafted tokens appear dimmed until they are verified. With --chat: a conversation")
-    g.add_argument("--num_samples", type=int, default=5, help="how often to continue the prompt (default: %(default)s)")
-    g.add_argument("--max_new_tokens", "--max_steps", type=int, default=200, help="per sample (default: %(default)s)")
-    g.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="end a sample before the first of these strings, which may be special tokens")
-    g.add_argument("--stop_token_ids", type=int, nargs="+", default=[], metavar="N", help="end a sample with the first of these token ids, as with the checkpoint's own EOS ids")
-    g = p.add_argument_group("sampling")
-    g.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token (default: %(default)s)")
-    g.add_argument("--top_k", type=int, help="draw from the k most likely tokens only (default: all)")
-    g.add_argument("--top_p", type=float, default=1.0, help="draw from the most likely tokens that together have this probability (default: %(default)s)")
-    g.add_argument("--seed", type=int, default=1234, help="same seed, same text (default: %(default)s)")
-    g = p.add_argument_group("speculation", "The text's distribution is that of plain decoding, whatever is set here.")
-    g.add_argument("--self_speculative", action="store_true", help="draft with the first layers of the model itself")
-    g.add_argument("--generation_strategy", choices=["autoregressive", "self_speculative"], help="the LayerSkip repository's spelling of --self_speculative")
-    g.add_argument("--early_exit", "--exit_layer", type=int_or_auto, metavar="E", help="draft with this many layers (default: a quarter of them); auto: see below")
-    g.add_argument("--speculate_k", "--num_speculations", type=int_or_auto, default=4, metavar="K", help="draft this many tokens per round (default: %(default)s); "
-                   "auto for both takes the fastest that scripts/sweep.py has stored with the checkpoint, or else, as for one alone, a short calibration's; that may be plain decoding")
-    g.add_argument("--draft_head", choices=["int8", "full"], default="int8", help="draft with a copy of the output head in int8, or with the head itself (default: %(default)s)")
-    g.add_argument("--draft_checkpoint_path", type=Path, help="draft with this separate, smaller checkpoint instead")
-    g = p.add_argument_group("how to run")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 (default here: %(default)s)")
-    g.add_argument("--precision", choices=["bfloat16", "float16", "float32"], help="of the weights (default: bfloat16 on CUDA, float32 on the CPU)")
-    g.add_argument("--compile", action="store_true", help="compile decoding")
-    g.add_argument("--compile_prefill", action="store_true", help="compile the prompt's pass too")
-    g.add_argument("--profile", type=Path, metavar="FILE", help="write a trace of one more sample, for chrome://tracing or Perfetto")
-    g.add_argument("--json", metavar="FILE", help="write everything measured as one JSON object; - means the last line of the output")
-    args = p.parse_args(argv)
-    args.self_speculative |= args.generation_strategy == "self_speculative"
-    if args.self_speculative and args.generation_strategy == "autoregressive":
-        raise InputError("--self_speculative and --generation_strategy autoregressive contradict each other")
-    for name in ("model", "checkpoint_path", "draft_checkpoint_path", "json", "profile", "prompt_file"):
-        if str(getattr(args, name)) in ("", "."):  # an empty shell variable
-            raise InputError(f"--{name}: is empty")
-    if args.model and args.checkpoint_path:
-        raise InputError("--model and --checkpoint_path both name a checkpoint: give one")
-    if not args.self_speculative and (args.early_exit is not None or args.speculate_k == "auto"):
-        raise InputError(f"--{'speculate_k auto' if args.early_exit is None else 'early_exit'} is for --self_speculative: give both")
-    if args.draft_checkpoint_path and "auto" in (args.early_exit, args.speculate_k):
-        raise InputError("auto chooses between layers of the model itself: leave out --draft_checkpoint_path")
-    for name in ("num_samples", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: must be 1 or more")
-    if "" in args.stop:
-        raise InputError("--stop: an empty string would end every sample before it begins")
-    if not 0 <= args.seed < 2**63:
-        raise InputError(f"--seed {args.seed}: must be 0 to 2^63 - 1")
-    for option, path in (("--json", args.json), ("--profile", args.profile)):
-        if path and path != "-":
-            check_writable(option, path)
-    if args.prompt is not None and args.prompt_file:
-        raise InputError("--prompt and --prompt_file both name a prompt: give one")
-    if args.interactive and (args.prompt is not None or args.prompt_file):
-        raise InputError("--interactive reads its prompts from the terminal: leave out --prompt and --prompt_file")
-    if args.system is not None and not args.chat:
-        raise InputError("--system is for --chat: give both")
-    if args.chat and not args.interactive and args.prompt is None and not args.prompt_file:
-        raise InputError("--chat: needs --prompt TEXT, what the user says, or --interactive")
-    if any(id < 0 for id in args.stop_token_ids):
-        raise InputError("--stop_token_ids: ids are 0 or more")
-    if args.interactive and (args.json or args.profile):
-        raise InputError("--interactive writes no --json and no --profile: leave them out")
-    return args
-
-
-def make_decoder(args, model, draft_model, rows):
-    exit_layer = None
-    if args.self_speculative:
-        exit_layer = model.config.default_exit if args.early_exit is None else args.early_exit
-    return Decoder(
-        model, exit_layer=exit_layer, draft_model=draft_model, k=args.speculate_k, draft_head=args.draft_head,
-        sampling=Sampling(args.temperature, args.top_k, args.top_p), rows=rows, compile=args.compile, compile_prefill=args.compile_prefill, seed=args.seed)
-
-
-def settle_auto(args, path, model, prompt, shard):
-    """Replace auto in the arguments by the fastest exit layer and draft length; by plain decoding if that is faster. Says which, and how it knows.
-    What the first process measures is what all take."""
-    exits, ks = (None if value == "auto" else value for value in (model.config.default_exit if args.early_exit is None else args.early_exit, args.speculate_k))
-
-    def build(exit_layer, k, rows):
-        own = argparse.Namespace(**{**vars(args), "self_speculative": exit_layer is not None, "early_exit": exit_layer, "speculate_k": k})
-        return make_decoder(own, model, None, rows)
-
-    key = tune.key(model, args.compile, args.temperature)
-    stored = shard.share(tune.stored(path, key) if exits is ks is None else None)
-    exit_layer, k, why = stored or shard.share(tune.calibrate(build, model, prompt, exits, ks))
-    args.self_speculative, args.early_exit, args.speculate_k = exit_layer is not None, exit_layer, k
-    print(f"auto: {f'--early_exit {exit_layer} --speculate_k {k}' if args.self_speculative else 'plain decoding, which no draft beats'} ({why})")
+# A sample: where it ends, its text, and conversations made of samples.
 
 
 @dataclass(frozen=True)
 class Ending:
     """Where a sample ends: after max_new_tokens, with one of the ids, or before one of the strings."""
+
     max_new_tokens: int
     ids: frozenset[int] = frozenset()
     strings: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, model, tokenizer, max_new_tokens, strings=(), ids=()):
-        """With the checkpoint's own EOS ids. A string that is a special token, which no text shows, ends a sample by its id."""
+    def of(
+        cls,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        max_new_tokens: int,
+        strings: Sequence[str] = (),
+        ids: Sequence[int] = (),
+    ) -> "Ending":
+        """With the checkpoint's own EOS ids. A string that is a special token, which no text shows, ends a sample by
+        its id.
+        """
         special = {tokenizer.added[s] for s in strings if tokenizer.added.get(s) in tokenizer.special_ids}
         return cls(max_new_tokens, frozenset(model.config.eos_ids) | special | set(ids), tuple(strings))
 
 
-def run_sample(decoder, tokenizer, prompt, ending, show=None, on_draft=None, reuse=False):
+def run_sample(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    prompt: list[int],
+    ending: Ending,
+    show: Callable[[str], None] | None = None,
+    on_draft: Callable[[list[int]], None] | None = None,
+    reuse: bool = False,
+) -> str:
     """One continuation of the prompt ids: its text without the prompt. `show` is called with each new piece of it."""
     text, pieces = Text(tokenizer, prompt, ending.strings), []
-    for token in decoder.generate(prompt, ending.max_new_tokens, ending.ids, on_draft, reuse):
-        pieces.append(text.push(token))
+
+    def take(piece: str) -> None:
+        pieces.append(piece)
         if show:
-            show(pieces[-1])
+            show(piece)
+
+    for token in decoder.generate(prompt, ending.max_new_tokens, ending.ids, on_draft, reuse):
+        take(text.push(token))
         if text.stopped:
             break
-    pieces.append(text.flush())
-    if show:
-        show(pieces[-1])
+    take(text.flush())
     return "".join(pieces)
 
 
 class Conversation:
-    """Turns of a user and the model by the checkpoint's chat template. The caches are kept from turn to turn, so that the model
-    reads only what is new; `messages`, dicts with `role` and `content`, may be edited in between."""
+    """Turns of a user and the model by the checkpoint's chat template.
 
-    def __init__(self, decoder, tokenizer, ending, system=None):
+    The caches are kept from turn to turn, so that the model reads only what is new. `messages`, dicts with `role` and
+    `content`, may be edited in between.
+    """
+
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, ending: Ending, system: str | None = None):
         self.decoder, self.tokenizer, self.ending = decoder, tokenizer, ending
-        self.messages = [] if system is None else [dict(role="system", content=system)]
+        self.messages = opening(system)
 
-    def answer(self, text, show=None, on_draft=None):
-        """The model's answer to what the user says; both become part of the conversation, what is there of it if it is interrupted.
-        Raises InputError, and leaves the conversation as it was, if the template refuses it or there is no room for it."""
-        pieces, messages = [], [*self.messages, dict(role="user", content=text)]
+    def answer(
+        self,
+        text: str,
+        show: Callable[[str], None] | None = None,
+        on_draft: Callable[[list[int]], None] | None = None,
+    ) -> str:
+        """The model's answer to what the user says. Both become part of the conversation; of an interrupted answer,
+        what is there of it.
 
-        def keep(piece):
+        Raises InputError, and leaves the conversation as it was, if the template refuses it or there is no room for it.
+        """
+        pieces: list[str] = []
+        messages = [*self.messages, dict(role="user", content=text)]
+
+        def keep(piece: str) -> None:
             pieces.append(piece)
             if show:
                 show(piece)
@@ -680,25 +553,53 @@ class Conversation:
         return "".join(pieces)
 
 
-def describe(decoder, stats):
-    rate = f"{stats.tokens_per_second:.2f} tokens/sec" if len(stats.tokens) > 1 else "no decoding step"
-    prefill = f"{stats.prefill_tokens} of {stats.prompt_tokens}" if stats.prefill_tokens < stats.prompt_tokens else stats.prompt_tokens
-    return f"{stats.prefill_seconds:.3f} s prefill of {prefill} tokens, {stats.decode_seconds:.2f} s decoding, {len(stats.tokens)} tokens, {rate}"
+def opening(system: str | None) -> list[dict]:
+    """The messages that a conversation begins with."""
+    return [] if system is None else [dict(role="system", content=system)]
 
 
-def line_reader():
-    """A function that returns the next line the user types. It raises EOFError at the end, InputError if the line is not UTF-8,
-    and KeyboardInterrupt if the user gave it up."""
+# The terminal.
+
+
+class DraftDisplay:
+    """Prints a stream of text and, dimmed behind it, the current draft, which the next text overwrites."""
+
+    def __init__(self, tokenizer: Tokenizer, colour: bool):
+        self.tokenizer, self.colour = tokenizer, colour
+        self.column = self.drawn = 0
+
+    def draft(self, ids: list[int]) -> None:
+        if not self.colour:
+            return
+        columns = shutil.get_terminal_size().columns
+        room = max(columns - 1 - self.column % columns, 0)
+        text = self.tokenizer.decode(ids).replace("\n", "⏎").replace("\t", " ")[:room]
+        print(f"\033[2m{text}\033[0m", end="", flush=True)
+        self.drawn = len(text)
+
+    def text(self, text: str) -> None:
+        if self.drawn:
+            print(f"\033[{self.drawn}D\033[K", end="")
+            self.drawn = 0
+        print(text, end="", flush=True)
+        before = 0 if "\n" in text else self.column
+        self.column = before + len(text) - text.rfind("\n") - 1
+
+
+def line_reader() -> Callable[[], str]:
+    """A function that returns the next line the user types.
+
+    It raises EOFError at the end, InputError if the line is not UTF-8, and KeyboardInterrupt if the user gave it up.
+    """
     label = "> "
     if sys.stdin.isatty() and sys.stdout.isatty():
         try:  # optional: lines of any length, history, and several lines pasted at once
             from prompt_toolkit import PromptSession
-            session = PromptSession()
-            return lambda: session.prompt(label)
         except ImportError:
-            return lambda: input(label)
+            return partial(input, label)
+        return partial(PromptSession().prompt, label)
 
-    def read():
+    def read() -> str:
         print(label, end="", flush=True)
         line = sys.stdin.buffer.readline()
         if not line:
@@ -707,10 +608,43 @@ def line_reader():
             return line.decode().removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError:
             raise InputError("the line is not valid UTF-8") from None
+
     return read
 
 
-def interact(decoder, tokenizer, args, ending, shard):
+def next_line(read: Callable[[], str] | None, shard: Shard) -> str | None:
+    """What the user typed next, on all processes; None at the end. Raises InputError if it is not text."""
+    line = problem = None
+    if read:
+        try:
+            line = read()
+        except EOFError:
+            pass
+        except KeyboardInterrupt:
+            line = ""
+        except InputError as error:
+            problem = str(error)
+    line, problem = shard.share((line, problem))
+    if problem:
+        raise InputError(problem)
+    return line
+
+
+def describe(stats: Stats) -> str:
+    rate = "no decoding step"
+    if len(stats.tokens) > 1:
+        rate = f"{stats.tokens_per_second:.2f} tokens/sec"
+    prefill = str(stats.prompt_tokens)
+    if stats.prefill_tokens < stats.prompt_tokens:
+        prefill = f"{stats.prefill_tokens} of {prefill}"
+    return (
+        f"{stats.prefill_seconds:.3f} s prefill of {prefill} tokens, "
+        f"{stats.decode_seconds:.2f} s decoding, {len(stats.tokens)} tokens, {rate}"
+    )
+
+
+def interact(decoder: Decoder, tokenizer: Tokenizer, args: argparse.Namespace, ending: Ending, shard: Shard) -> None:
+    """Answer line after line until the input ends. One bad line doesn't end it."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     display = DraftDisplay(tokenizer, shard.share(colour))
     on_draft = display.draft if display.colour else None
@@ -718,68 +652,406 @@ def interact(decoder, tokenizer, args, ending, shard):
     print(f"Type {'a message' if args.chat else 'a prompt'}; Ctrl-C stops an answer, Ctrl-D ends.")
     read = line_reader() if shard.rank == 0 else None
     while True:
-        line = error = None
         try:
-            line = read() if read else None
-        except EOFError:
-            pass
-        except KeyboardInterrupt:
-            line = ""
-        except InputError as problem:
-            line, error = "", str(problem)
-        line, error = shard.share((line, error))
-        if line is None:
-            print()
-            return
-        try:
-            if error:
-                raise InputError(error)
+            line = next_line(read, shard)
+            if line is None:
+                print()
+                return
             if conversation and not line.strip():
                 continue
             if conversation:
                 conversation.answer(line, display.text, on_draft)
             else:
                 run_sample(decoder, tokenizer, tokenizer.encode(line), ending, display.text, on_draft)
-        except InputError as error:  # one bad prompt doesn't end the conversation
+        except InputError as error:
             print(f"error: {error}")
             continue
         except KeyboardInterrupt:
             pass
         display.text("\n")
-        stats = decoder.stats
-        accepted = f", {acceptance(stats.accept_counts)[1]:.2f} of {decoder.K} drafted tokens accepted" if decoder.K else ""
-        print(f"[{describe(decoder, stats)}{accepted}]")
+        accepted = ""
+        if decoder.K:
+            mean = acceptance(decoder.stats.accept_counts)[1]
+            accepted = f", {mean:.2f} of {decoder.K} drafted tokens accepted"
+        print(f"[{describe(decoder.stats)}{accepted}]")
 
 
-def read_prompt(args, shard):
-    """The text of --prompt or --prompt_file, or else a piece of Python. Raises InputError for a file that isn't UTF-8 text."""
+# The command: arguments, what they name, and the report.
+
+
+def find_checkpoint(args: argparse.Namespace, shard: Shard) -> Path:
+    """The path of model.pth that the arguments name. `--model REPO` (or a local folder) is prepared by the first
+    process if it isn't there.
+    """
+    if not args.model:
+        return args.checkpoint_path or CHECKPOINTS / "demo" / "model.pth"
+    folder = Path(args.model) if Path(args.model).is_dir() else CHECKPOINTS / args.model
+    if shard.rank == 0 and not (folder / "model.pth").is_file():
+        script = CHECKPOINTS.parent / "scripts" / "prepare.sh"
+        if subprocess.run(["bash", script, args.model], env={**os.environ, "PYTHON": sys.executable}).returncode:
+            sys.exit(1)  # it has said why
+    shard.gather(None)
+    return folder / "model.pth"
+
+
+def load(
+    path: str | Path, device: str, precision: str | None, shard: Shard | None = None
+) -> tuple[Transformer, Tokenizer]:
+    """(model, tokenizer) of a checkpoint file. precision None: bfloat16 on CUDA, float32 on the CPU. shard: as in
+    `load_model`.
+    """
+    path = Path(path)
+    check_device(device)
+    if precision is None:
+        precision = "bfloat16" if torch.device(device).type == "cuda" else "float32"
+    model = load_model(path, device, getattr(torch, precision), shard)
+    tokenizer = Tokenizer.load(path.parent)
+    tokenizer.check_model(model.config.vocab_size)
+    return model, tokenizer
+
+
+def load_draft(args: argparse.Namespace, path: Path, tokenizer: Tokenizer, shard: Shard) -> Transformer | None:
+    """The model of --draft_checkpoint_path, if it is given. Raises InputError unless it shares the target's
+    tokenizer.
+    """
+    if not args.draft_checkpoint_path:
+        return None
+    model, own = load(args.draft_checkpoint_path, args.device, args.precision, shard)
+    if not tokenizer.same_as(own):
+        option = f"--draft_checkpoint_path {args.draft_checkpoint_path}"
+        raise InputError(f"{option}: its tokenizer is not that of {path}: a draft model must share it")
+    return model
+
+
+def read_prompt(args: argparse.Namespace, shard: Shard) -> str:
+    """The text of --prompt or --prompt_file, or else a piece of Python. Raises InputError for a file that isn't UTF-8
+    text.
+    """
     if not args.prompt_file:
         return DEFAULT_PROMPT if args.prompt is None else args.prompt
     source = "standard input" if args.prompt_file == "-" else args.prompt_file
-    text = error = None
+    text = problem = None
     if shard.rank == 0:  # of several processes one reads
         try:
             data = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
             text = data.decode()
         except UnicodeDecodeError:
-            error = "is not valid UTF-8"
-        except OSError as problem:
-            error = f"can't be read ({problem.strerror})"
-    text, error = shard.share((text, error))
-    if error:
-        raise InputError(f"--prompt_file {source}: {error}")
+            problem = "is not valid UTF-8"
+        except OSError as error:
+            problem = f"can't be read ({error.strerror})"
+    text, problem = shard.share((text, problem))
+    if problem:
+        raise InputError(f"--prompt_file {source}: {problem}")
     return text
 
 
-def encode_prompt(tokenizer, text, args):
+def encode_prompt(tokenizer: Tokenizer, text: str, args: argparse.Namespace) -> list[int]:
     """The ids that the model is given for the prompt, by the chat template if --chat asks for it."""
     if not args.chat:
         return tokenizer.encode(text)
-    system = [] if args.system is None else [dict(role="system", content=args.system)]
-    return tokenizer.chat([*system, dict(role="user", content=text)])
+    return tokenizer.chat([*opening(args.system), dict(role="user", content=text)])
 
 
-def main(argv=None):
+def int_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def add_what_to_run(p: argparse.ArgumentParser) -> None:
+    add = p.add_argument_group("what to run").add_argument
+    add("--checkpoint_path", type=Path, help="model.pth of a prepared checkpoint (default: that of checkpoints/demo)")
+    add("--model", metavar="REPO", help="checkpoints/REPO/model.pth, downloaded and converted first if it isn't there")
+    add("--prompt", help="text to continue (default: the beginning of a Python class)")
+    add(
+        "--prompt_file",
+        metavar="FILE",
+        help="take the prompt from a UTF-8 file, exactly as it is; -: from standard input",
+    )
+    add(
+        "--chat", action="store_true", help="the prompt is a user's message: put it into the checkpoint's chat template"
+    )
+    add("--system", metavar="TEXT", help="with --chat: a system message, which begins the conversation")
+    add(
+        "--interactive",
+        action="store_true",
+        help="read prompts from the terminal and stream the answers; with --chat: a conversation. "
+        "Drafted tokens appear dimmed until they are verified",
+    )
+    add("--num_samples", type=int, default=5, help="how often to continue the prompt (default: %(default)s)")
+    add("--max_new_tokens", "--max_steps", type=int, default=200, help="per sample (default: %(default)s)")
+    add(
+        "--stop",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="end a sample before the first of these strings, which may be special tokens",
+    )
+    add(
+        "--stop_token_ids",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="end a sample with the first of these token ids, as with the checkpoint's own EOS ids",
+    )
+
+
+def add_sampling(p: argparse.ArgumentParser) -> None:
+    add = p.add_argument_group("sampling").add_argument
+    add("--temperature", type=float, default=0.8, help="0: always the most likely token (default: %(default)s)")
+    add("--top_k", type=int, help="draw from the k most likely tokens only (default: all)")
+    add(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="draw from the most likely tokens that together have this probability (default: %(default)s)",
+    )
+    add("--seed", type=int, default=1234, help="same seed, same text (default: %(default)s)")
+
+
+def add_speculation(p: argparse.ArgumentParser) -> None:
+    about = "The text's distribution is that of plain decoding, whatever is set here."
+    add = p.add_argument_group("speculation", about).add_argument
+    add("--self_speculative", action="store_true", help="draft with the first layers of the model itself")
+    add(
+        "--generation_strategy",
+        choices=["autoregressive", "self_speculative"],
+        help="the LayerSkip repository's spelling of --self_speculative",
+    )
+    add(
+        "--early_exit",
+        "--exit_layer",
+        type=int_or_auto,
+        metavar="E",
+        help="draft with this many layers (default: a quarter of them); auto: see below",
+    )
+    add(
+        "--speculate_k",
+        "--num_speculations",
+        type=int_or_auto,
+        default=4,
+        metavar="K",
+        help="draft this many tokens per round (default: %(default)s). auto for E and K takes the fastest "
+        "that scripts/sweep.py has stored with the checkpoint. Without one, or with auto for one of them, a short "
+        "calibration decides. Either may choose plain decoding",
+    )
+    add(
+        "--draft_head",
+        choices=["int8", "full"],
+        default="int8",
+        help="draft with a copy of the output head in int8, or with the head itself (default: %(default)s)",
+    )
+    add("--draft_checkpoint_path", type=Path, help="draft with this separate, smaller checkpoint instead")
+
+
+def add_how_to_run(p: argparse.ArgumentParser) -> None:
+    add = p.add_argument_group("how to run").add_argument
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="cpu, cuda, cuda:1 (default here: %(default)s)")
+    add(
+        "--precision",
+        choices=["bfloat16", "float16", "float32"],
+        help="of the weights (default: bfloat16 on CUDA, float32 on the CPU)",
+    )
+    add("--compile", action="store_true", help="compile decoding")
+    add("--compile_prefill", action="store_true", help="compile the prompt's pass too")
+    add(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="write a trace of one more sample, for Perfetto or chrome://tracing",
+    )
+    add("--json", metavar="FILE", help="write all results as one JSON object; -: as the last line of the output")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(
+        description="Generate text from a LayerSkip checkpoint, plainly or with self-speculative decoding. "
+        "Without arguments: the demo checkpoint that comes with this repository.",
+        epilog="Where an option has two names, they are gpt-fast's and the LayerSkip repository's.",
+    )
+    for add_group in (add_what_to_run, add_sampling, add_speculation, add_how_to_run):
+        add_group(p)
+    args = p.parse_args(argv)
+    args.self_speculative |= args.generation_strategy == "self_speculative"
+    check_args(args)
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raise InputError for the first option whose value is wrong by itself, or that contradicts another."""
+    for name in ("model", "checkpoint_path", "draft_checkpoint_path", "json", "profile", "prompt_file"):
+        if str(getattr(args, name)) in ("", "."):  # an empty shell variable
+            raise InputError(f"--{name}: is empty")
+    for name in ("num_samples", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)}: must be 1 or more")
+    if "" in args.stop:
+        raise InputError("--stop: an empty string would end every sample before it begins")
+    if any(id < 0 for id in args.stop_token_ids):
+        raise InputError("--stop_token_ids: ids are 0 or more")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed {args.seed}: must be 0 to 2^63 - 1")
+    for option, path in (("--json", args.json), ("--profile", args.profile)):
+        if path and path != "-":
+            check_writable(option, path)
+    check_together(args)
+
+
+def check_together(args: argparse.Namespace) -> None:
+    """Raise InputError for options that contradict each other, or of which one is of no use without another."""
+    if args.self_speculative and args.generation_strategy == "autoregressive":
+        raise InputError("--self_speculative and --generation_strategy autoregressive contradict each other")
+    if args.model and args.checkpoint_path:
+        raise InputError("--model and --checkpoint_path both name a checkpoint: give one")
+    if not args.self_speculative and (args.early_exit is not None or args.speculate_k == "auto"):
+        option = "speculate_k auto" if args.early_exit is None else "early_exit"
+        raise InputError(f"--{option} is for --self_speculative: give both")
+    if args.draft_checkpoint_path and "auto" in (args.early_exit, args.speculate_k):
+        raise InputError("auto chooses between layers of the model itself: leave out --draft_checkpoint_path")
+    prompted = args.prompt is not None or args.prompt_file
+    if args.prompt is not None and args.prompt_file:
+        raise InputError("--prompt and --prompt_file both name a prompt: give one")
+    if args.interactive and (args.json or args.profile):
+        raise InputError("--interactive writes no --json and no --profile: leave them out")
+    if args.system is not None and not args.chat:
+        raise InputError("--system is for --chat: give both")
+    if args.chat and not args.interactive and not prompted:
+        raise InputError("--chat: needs --prompt TEXT, what the user says, or --interactive")
+
+
+def make_decoder(args: argparse.Namespace, model: Transformer, draft_model: Transformer | None, rows: int) -> Decoder:
+    exit_layer = None
+    if args.self_speculative:
+        exit_layer = model.config.default_exit if args.early_exit is None else args.early_exit
+    return Decoder(
+        model,
+        exit_layer=exit_layer,
+        draft_model=draft_model,
+        k=args.speculate_k,
+        draft_head=args.draft_head,
+        sampling=Sampling(args.temperature, args.top_k, args.top_p),
+        rows=rows,
+        compile=args.compile,
+        compile_prefill=args.compile_prefill,
+        seed=args.seed,
+    )
+
+
+def settle_auto(args: argparse.Namespace, path: Path, model: Transformer, prompt: list[int], shard: Shard) -> None:
+    """Replace auto in the arguments by the fastest exit layer and draft length, or by plain decoding if that is
+    faster; says which, and how it knows. What the first process measures is what all take.
+    """
+    exit_layer = model.config.default_exit if args.early_exit is None else args.early_exit
+    exit_layer, k = (None if value == "auto" else value for value in (exit_layer, args.speculate_k))
+
+    def build(exit_layer: int | None, k: int, rows: int) -> Decoder:
+        own = dict(self_speculative=exit_layer is not None, early_exit=exit_layer, speculate_k=k)
+        return make_decoder(argparse.Namespace(**{**vars(args), **own}), model, None, rows)
+
+    stored = None
+    if exit_layer is k is None:
+        stored = tune.stored(path, tune.key(model, args.compile, args.temperature))
+    stored = shard.share(stored)
+    exit_layer, k, why = stored or shard.share(tune.calibrate(build, model, prompt, exit_layer, k))
+    args.self_speculative, args.early_exit, args.speculate_k = exit_layer is not None, exit_layer, k
+    chosen = f"--early_exit {exit_layer} --speculate_k {k}"
+    if not args.self_speculative:
+        chosen = "plain decoding, which no draft beats"
+    print(f"auto: {chosen} ({why})")
+
+
+def introduce(path: Path, decoder: Decoder, prompt: list[int], args: argparse.Namespace, shard: Shard) -> None:
+    """Say what will run, and what a user should know of it beforehand."""
+    config, weight = decoder.model.config, decoder.model.embed.weight
+    processes = f", {shard.size} processes" if shard.size > 1 else ""
+    print(
+        f"{path}: {count_parameters(config) / 1e6:.1f}M parameters, {config.n_layer} layers, "
+        f"{config.quantization or str(weight.dtype)[6:]} on {args.device}{processes}"
+    )
+    with torch.inference_mode():
+        if config.quantization and not kernels.backend(weight, 1):
+            print(
+                "note: there are no kernels for quantized weights here: they are widened for every token, "
+                "which is slower than float weights"
+            )
+    room = decoder.rows - len(prompt) + 1
+    if 0 < room < args.max_new_tokens and not args.interactive:
+        print(f"note: the context of {decoder.context} positions leaves room for {room} new tokens")
+
+
+def warm_up(decoder: Decoder, prompt: list[int], args: argparse.Namespace) -> float:
+    """Compile what is to be compiled by decoding a little; returns the seconds it took."""
+    if not args.compile and not args.compile_prefill:
+        return 0.0
+    began = time.perf_counter()
+    for _ in decoder.generate(prompt, 3 * (decoder.K + 1)):
+        pass
+    seconds = time.perf_counter() - began
+    print(f"Compilation time: {seconds:.2f} seconds")
+    decoder.random.manual_seed(args.seed)
+    return seconds
+
+
+def run_samples(
+    decoder: Decoder, tokenizer: Tokenizer, prompt: list[int], before: str, ending: Ending, count: int
+) -> list[dict]:
+    """Print `count` continuations of the prompt, each behind the text `before`; returns what is reported of each."""
+    samples = []
+    for number in range(1, count + 1):
+        text = run_sample(decoder, tokenizer, prompt, ending)
+        stats = decoder.stats
+        print(f"{before}{text}\nTime for inference {number}: {describe(stats)}\n")
+        samples.append(
+            dict(
+                prompt_tokens=stats.prompt_tokens,
+                tokens=stats.tokens,
+                text=text,
+                prefill_seconds=stats.prefill_seconds,
+                decode_seconds=stats.decode_seconds,
+                tokens_per_second=stats.tokens_per_second,
+                accept_counts=stats.accept_counts,
+            )
+        )
+    return samples
+
+
+def make_report(
+    samples: list[dict], decoder: Decoder, compile_seconds: float, args: argparse.Namespace, shard: Shard
+) -> dict:
+    """Everything measured, as JSON has it."""
+    counts = [sum(each) for each in zip(*(sample["accept_counts"] for sample in samples), strict=True)]
+    probs, mean_accepted = acceptance(counts)
+    decode_seconds = sum(sample["decode_seconds"] for sample in samples)
+    read = sum(counts) * decoder.bytes_per_round()
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    settings |= {"exit_layer": decoder.exit_layer, "processes": shard.size, "torch": torch.__version__}
+    return dict(
+        samples=samples,
+        tokens_per_second=statistics.median(sample["tokens_per_second"] for sample in samples),
+        acceptance_probs=probs,
+        mean_accepted=mean_accepted,
+        memory_gb=max(shard.gather(peak_memory_gb(args.device))),
+        bandwidth_gb_per_s=read / decode_seconds / 1e9 if decode_seconds else 0.0,
+        ideal_speedup=decoder.ideal_speedup(mean_accepted),
+        compile_seconds=compile_seconds,
+        settings=settings,
+    )
+
+
+def print_report(report: dict, drafted: bool, shard: Shard) -> None:
+    rates = [sample["tokens_per_second"] for sample in report["samples"]]
+    print("=" * 10)
+    print({"tokens_per_sec": rates, "accept_counts": [sample["accept_counts"] for sample in report["samples"]]})
+    if drafted:
+        print(f"Acceptance probs: {report['acceptance_probs']}\nMean Accepted: {report['mean_accepted']}")
+        print(f"Ideal speedup for these acceptances: {report['ideal_speedup']:.2f}x (if time were bytes of weights)")
+    print(f"Average tokens/sec: {statistics.mean(rates):.2f} (median {report['tokens_per_second']:.2f})")
+    each, most = (" by each process", " by each process at most") if shard.size > 1 else ("", "")
+    print(f"Bandwidth achieved: {report['bandwidth_gb_per_s']:.2f} GB/s of weights{each}")
+    print(f"Memory used: {report['memory_gb']:.2f} GB{most}")
+
+
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # what the terminal can't show is no reason to lose a run
@@ -788,71 +1060,27 @@ def main(argv=None):
     path = find_checkpoint(args, shard)
     model, tokenizer = load(path, args.device, args.precision, shard)
     ending = Ending.of(model, tokenizer, args.max_new_tokens, args.stop, args.stop_token_ids)
-    prompt_text = read_prompt(args, shard)
-    prompt, draft_model = encode_prompt(tokenizer, prompt_text, args), None
-    if args.draft_checkpoint_path:
-        draft_model, draft_tokenizer = load(args.draft_checkpoint_path, args.device, args.precision, shard)
-        if not tokenizer.same_as(draft_tokenizer):
-            raise InputError(f"--draft_checkpoint_path {args.draft_checkpoint_path}: its tokenizer is not that of {path}: a draft model must share it")
+    text = read_prompt(args, shard)
+    prompt = encode_prompt(tokenizer, text, args)
+    draft_model = load_draft(args, path, tokenizer, shard)
     shard.gather(None)  # some may take much longer to load than others, and a collective waits only so long
     if "auto" in (args.early_exit, args.speculate_k):
         settle_auto(args, path, model, prompt, shard)
-    decoder = make_decoder(args, model, draft_model, INTERACTIVE_ROWS if args.interactive else len(prompt) + args.max_new_tokens)
-    print(f"{path}: {count_parameters(model.config) / 1e6:.1f}M parameters, {model.config.n_layer} layers, {model.config.quantization or str(model.embed.weight.dtype)[6:]} on {args.device}"
-          + (f", {shard.size} processes" if shard.size > 1 else ""))
-
-    with torch.inference_mode():
-        if model.config.quantization and not kernels.backend(model.embed.weight, 1):
-            print("note: there are no kernels for quantized weights here: they are widened for every token, which is slower than float weights")
-    room = decoder.rows - len(prompt) + 1
-    if 0 < room < args.max_new_tokens and not args.interactive:
-        print(f"note: the context of {decoder.context} positions leaves room for {room} new tokens")
-
-    compile_seconds = 0.0
-    if args.compile or args.compile_prefill:
-        began = time.perf_counter()
-        for _ in decoder.generate(prompt, 3 * (decoder.K + 1)):
-            pass
-        compile_seconds = time.perf_counter() - began
-        print(f"Compilation time: {compile_seconds:.2f} seconds")
-        decoder.random.manual_seed(args.seed)
+    rows = INTERACTIVE_ROWS if args.interactive else len(prompt) + args.max_new_tokens
+    decoder = make_decoder(args, model, draft_model, rows)
+    introduce(path, decoder, prompt, args, shard)
+    compile_seconds = warm_up(decoder, prompt, args)
     if args.interactive:
-        return interact(decoder, tokenizer, args, ending, shard)
-
-    samples = []
-    for i in range(args.num_samples):
-        text = run_sample(decoder, tokenizer, prompt, ending)
-        s = decoder.stats
-        print(f"{'' if args.chat else prompt_text}{text}\nTime for inference {i + 1}: {describe(decoder, s)}\n")
-        samples.append(dict(prompt_tokens=s.prompt_tokens, tokens=s.tokens, text=text, prefill_seconds=s.prefill_seconds,
-                            decode_seconds=s.decode_seconds, tokens_per_second=s.tokens_per_second, accept_counts=s.accept_counts))
-
+        interact(decoder, tokenizer, args, ending, shard)
+        return
+    samples = run_samples(decoder, tokenizer, prompt, "" if args.chat else text, ending, args.num_samples)
     if args.profile:  # one more sample, which is not reported: profiling slows it
         with torch.profiler.profile() as profile:
             run_sample(decoder, tokenizer, prompt, ending)
         if shard.rank == 0:
             profile.export_chrome_trace(str(args.profile))
-
-    rates = [s["tokens_per_second"] for s in samples]
-    counts = [sum(c) for c in zip(*(s["accept_counts"] for s in samples))]
-    probs, mean_accepted = acceptance(counts)
-    decode_seconds = sum(s["decode_seconds"] for s in samples)
-    report = dict(
-        samples=samples, tokens_per_second=statistics.median(rates), acceptance_probs=probs, mean_accepted=mean_accepted,
-        memory_gb=max(shard.gather(peak_memory_gb(args.device))),
-        bandwidth_gb_per_s=sum(counts) * decoder.bytes_per_round() / decode_seconds / 1e9 if decode_seconds else 0.0,
-        ideal_speedup=decoder.ideal_speedup(mean_accepted), compile_seconds=compile_seconds,
-        settings={**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "exit_layer": decoder.exit_layer,
-                  "processes": shard.size, "torch": torch.__version__})
-    print("=" * 10)
-    print({"tokens_per_sec": rates, "accept_counts": [s["accept_counts"] for s in samples]})
-    if decoder.K:
-        print(f"Acceptance probs: {probs}\nMean Accepted: {mean_accepted}")
-        print(f"Ideal speedup for these acceptances: {report['ideal_speedup']:.2f}x (if time were bytes of weights)")
-    print(f"Average tokens/sec: {statistics.mean(rates):.2f} (median {report['tokens_per_second']:.2f})")
-    each = " by each process" if shard.size > 1 else ""
-    print(f"Bandwidth achieved: {report['bandwidth_gb_per_s']:.2f} GB/s of weights{each}")
-    print(f"Memory used: {report['memory_gb']:.2f} GB{each and each + ' at most'}")
+    report = make_report(samples, decoder, compile_seconds, args, shard)
+    print_report(report, decoder.K > 0, shard)
     if args.json == "-":
         print(json.dumps(report))
     elif args.json and shard.rank == 0:

@@ -1,17 +1,19 @@
 """Text to token ids and back, chat templates included: what transformers' AutoTokenizer makes of the same folder.
 
-A tokenizer.json is read by the `tokenizers` library, and a sentencepiece tokenizer.model is turned into the same kind of
-object; which normalizer and pre-tokenizer it gets is decided as transformers 5 does, by the tokenizer class that the folder
-names. Llama 3's own tokenizer.model, a tiktoken file, is read by `tiktoken`.
+A tokenizer.json is read by the `tokenizers` library, and a sentencepiece tokenizer.model is turned into the same kind
+of object; which normalizer and pre-tokenizer it gets is decided as transformers 5 does, by the tokenizer class that
+the folder names. Llama 3's own tokenizer.model, a tiktoken file, is read by `tiktoken`.
 """
 
 import base64
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -51,9 +53,10 @@ NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of pieces in a sentencepiece mo
 class Tokenizer:
     """What every kind of tokenizer has. `Tokenizer.load(folder)` gives the right one.
 
-    Attributes: vocab_size, the number of ids, those of added tokens included; core_size, that without them; special_ids,
-    the ids that no text shows; added, {text: id} of the tokens that are matched whole in a text; roles, {"bos_token": text, ...}; bos_id and eos_id
-    (None where there is no such token); template, the chat template (None where there is none).
+    Attributes: vocab_size, the number of ids, those of added tokens included; core_size, that without them;
+    special_ids, the ids that no text shows; added, {text: id} of the tokens that are matched whole in a text; roles,
+    {"bos_token": text, ...}; bos_id and eos_id (None where there is no such token); template, the chat template (None
+    where there is none).
     """
 
     vocab_size: int
@@ -85,8 +88,9 @@ class Tokenizer:
             raise InputError(f"{file}: not a readable tokenizer ({reason})") from None
 
     def check_model(self, vocab_size: int) -> None:
-        """Raise InputError unless a model of `vocab_size` tokens can have been made for this tokenizer. Added tokens may lie
-        beyond, as in folders that a padding token was added to: `encode` then refuses texts with them."""
+        """Raise InputError unless a model of `vocab_size` tokens can have been made for this tokenizer. Added tokens
+        may lie beyond, as in folders that a padding token was added to: `encode` then refuses texts with them.
+        """
         if self.core_size > vocab_size:
             raise InputError(
                 f"{self.folder}: the tokenizer has {self.core_size} tokens, the model only {vocab_size}: "
@@ -102,15 +106,15 @@ class Tokenizer:
     def eos_id(self) -> int | None:
         return self._role_id("eos_token")
 
-    def _role_id(self, name):
+    def _role_id(self, name: str) -> int | None:
         text = self.roles.get(name)
         return None if text is None else self.added.get(text)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The ids of a text. Tokens such as `<s>` in it become their ids.
 
-        special: add what the tokenizer puts around a text, such as BOS. Raises InputError if the text isn't valid Unicode, or
-        has a token that the model doesn't know.
+        special: add what the tokenizer puts around a text, such as BOS. Raises InputError if the text isn't valid
+        Unicode, or has a token that the model doesn't know.
         """
         try:
             text.encode()
@@ -135,9 +139,17 @@ class Tokenizer:
         """{token: id} of the whole vocabulary."""
         raise NotImplementedError
 
+    def _encode(self, text: str, special: bool) -> list[int]:
+        raise NotImplementedError
+
+    def _save(self, folder: Path) -> dict:
+        """Write what this kind of tokenizer has; returns the settings that belong to it."""
+        raise NotImplementedError
+
     def is_shown(self, token: int) -> bool:
-        """Whether the id is part of a text at all. The others, special tokens and ids without one, don't even part what is
-        beside them."""
+        """Whether the id is part of a text at all. The others, special tokens and ids without one, don't even part
+        what is beside them.
+        """
         raise NotImplementedError
 
     def is_byte(self, token: int) -> bool:
@@ -152,8 +164,16 @@ class Tokenizer:
         if self.template is None:
             raise InputError(f"{self.folder}: has no chat template, so --chat can't be used with it")
         try:
-            return chat_environment().from_string(self.template).render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self.roles
+            return (
+                chat_environment()
+                .from_string(self.template)
+                .render(
+                    messages=messages,
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    **self.roles,
+                )
             )
         except Exception as error:  # whatever a template can do wrong
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -166,9 +186,8 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files into a folder, so that this class and transformers read the same from them."""
         folder = Path(folder)
-        for name in ("tokenizer.model",):
-            if (self.folder / name).is_file():
-                shutil.copy(self.folder / name, folder / name)
+        if (self.folder / "tokenizer.model").is_file():
+            shutil.copy(self.folder / "tokenizer.model", folder / "tokenizer.model")
         if self.template is not None:
             (folder / "chat_template.jinja").write_text(self.template, encoding="utf-8")
         settings = {
@@ -180,13 +199,62 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def same_as(self, other: "Tokenizer") -> bool:
-        """Whether two tokenizers read texts alike and ids that both have mean the same: then one model can draft for another."""
+        """Whether two tokenizers read texts alike and ids that both have mean the same: then one model can draft for
+        another.
+        """
         ours, theirs = self.table(), other.table()
         common = min(len(ours), len(theirs))
         kept = {token: id for token, id in ours.items() if id < common}
         if kept != {token: id for token, id in theirs.items() if id < common}:
             return False
         return all(self.encode(text, special=False) == other.encode(text, special=False) for text in SAMPLES)
+
+
+class Text:
+    """Turns a stream of ids into text: `push(id)` returns the text that has become certain, `flush` the rest.
+
+    The pieces joined are what decoding prompt and ids at once gives, less the prompt's text. Holds back what a
+    following id could still change: half a character, or the beginning of a stop string. After a stop string
+    `stopped` is true, and the text ends before it. Each id costs the same, however long the text is.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), stop: Sequence[str] = ()):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.ids = [id for id in prompt if tokenizer.is_shown(id)]  # decoded together with new ones
+        self.taken = len(self.ids)  # of them, those whose text has been returned
+        self.known = len(tokenizer.decode(self.ids))  # the length of that text
+        self.held, self.stopped = "", False
+
+    def push(self, token: int) -> str:
+        if not self.tokenizer.is_shown(token):
+            return ""
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        if self.tokenizer.is_byte(token) or text.endswith("\ufffd") or len(text) <= self.known:
+            return ""
+        self.held += text[self.known :]
+        self.ids = self.ids[self.taken :]  # the last piece is enough to show how a following id reads
+        self.taken, self.known = len(self.ids), len(self.tokenizer.decode(self.ids))
+        return self._release(last=False)
+
+    def flush(self) -> str:
+        if self.stopped:
+            return ""
+        self.held += self.tokenizer.decode(self.ids)[self.known :]
+        return self._release(last=True)
+
+    def _release(self, last: bool) -> str:
+        """What is certain of the text held back: all of it before a stop string, or before the possible beginning of
+        one.
+        """
+        found = [at for s in self.stop if (at := self.held.find(s)) >= 0]
+        self.stopped = bool(found)
+        beginning = 0
+        if not last:
+            beginning = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        certain = min(found, default=len(self.held) - beginning)
+        text, self.held = self.held[:certain], self.held[certain:]
+        return text
 
 
 SAMPLES = (
@@ -204,9 +272,10 @@ SAMPLES = (
 class Settings:
     """tokenizer_config.json and the older files beside it, put together as transformers does.
 
-    kind: the tokenizer class, without "Fast"; "" where none is named. values: what the files say. added: added tokens in
-    the order of their ids. roles: tokens by their role, such as bos_token; None where a file says that there is none.
-    extra: further special tokens; None where tokenizer_config.json doesn't list any. configured: whether that file is there.
+    kind: the tokenizer class, without "Fast"; "" where none is named. values: what the files say. added: added tokens
+    in the order of their ids. roles: tokens by their role, such as bos_token; None where a file says that there is
+    none. extra: further special tokens; None where tokenizer_config.json doesn't list any. configured: whether that
+    file is there.
     """
 
     kind: str
@@ -238,7 +307,7 @@ class Settings:
         settings.template = read_template(folder, settings.values)
         return settings
 
-    def _read_roles(self, folder):
+    def _read_roles(self, folder: Path) -> None:
         values = self.values
         extra = values.get("extra_special_tokens")
         if not extra and "additional_special_tokens" in values:  # the older name
@@ -259,7 +328,7 @@ class Settings:
             elif name in values and value is None:
                 self.roles[name] = None
 
-    def _read_added(self, folder):
+    def _read_added(self, folder: Path) -> None:
         if "added_tokens_decoder" in self.values:
             by_id = {int(id): added_token(value) for id, value in self.values["added_tokens_decoder"].items()}
         else:
@@ -336,11 +405,13 @@ def read_template(folder: Path, settings: dict) -> str | None:
 
 
 class GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}` marks what the assistant said, for training. Here it renders its content."""
+    """`{% generation %} ... {% endgeneration %}` marks what the assistant said, for training. Here it renders its
+    content.
+    """
 
     tags = {"generation"}
 
-    def parse(self, parser):
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.Scope(body, lineno=line)
@@ -349,10 +420,16 @@ class GenerationBlock(jinja2.ext.Extension):
 def chat_environment() -> jinja2.Environment:
     """Where chat templates run: jinja2's sandbox, with what transformers offers them and nothing else."""
 
-    def refuse(message):
+    def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    def tojson(
+        value: object,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(
@@ -392,7 +469,7 @@ class BackendTokenizer(Tokenizer):
         names = (f"<0x{byte:02X}>" for byte in range(256) if has_bytes)
         self._bytes = frozenset(id for id in map(self.backend.token_to_id, names) if id is not None)
 
-    def _encode(self, text, special):
+    def _encode(self, text: str, special: bool) -> list[int]:
         if self.fill and self.fill in text:
             raise InputError(f"the text has {self.fill} in it: CodeLlama's infilling is not supported")
         return self.backend.encode(text, add_special_tokens=special).ids
@@ -409,7 +486,7 @@ class BackendTokenizer(Tokenizer):
     def is_byte(self, token: int) -> bool:
         return token in self._bytes
 
-    def _save(self, folder):
+    def _save(self, folder: Path) -> dict:
         self.backend.save(str(folder / "tokenizer.json"))
         return {"split_special_tokens": self.backend.encode_special_tokens}
 
@@ -437,7 +514,9 @@ def read_backend(folder: Path, settings: Settings) -> tokenizers.Tokenizer:
         kind = type(whole.model).__name__
         raise InputError(f"{file}: a {kind} model, which {settings.kind}, named in tokenizer_config.json, can't have")
     model = json.loads(text)["model"]
-    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+    merges: list[Any] = []
+    for pair in model["merges"]:  # written in two ways
+        merges.append(tuple(pair.split(" ") if isinstance(pair, str) else pair))
     backend = CLASSES[settings.kind](model["vocab"], merges, settings)
     if settings.kind == "CodeLlamaTokenizer":
         frame_texts(backend, settings, bos=True)
@@ -475,16 +554,18 @@ def frame_texts(backend: tokenizers.Tokenizer, settings: Settings, bos: bool, eo
     backend.post_processor = TemplateProcessing(single=frame, pair=[*frame, "$B:1"], special_tokens=special)
 
 
-def llama_class(vocab, merges, settings):
+def llama_class(vocab: dict[str, int], merges: list[tuple[str, str]], settings: Settings) -> tokenizers.Tokenizer:
     """LlamaTokenizer: a space before the first word, or (legacy) before every piece of text between special tokens."""
     settings.defaults(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     prefix = settings.values.get("add_prefix_space")
     prefix = True if prefix is None else bool(prefix)
     scheme = "always" if settings.values.get("legacy", False) else "first"
-    return word_start_backend(BPE(vocab, merges, fuse_unk=True, byte_fallback=True), scheme if prefix else "never", prefix)
+    return word_start_backend(
+        BPE(vocab, merges, fuse_unk=True, byte_fallback=True), scheme if prefix else "never", prefix
+    )
 
 
-def code_llama_class(vocab, merges, settings):
+def code_llama_class(vocab: dict[str, int], merges: list[tuple[str, str]], settings: Settings) -> tokenizers.Tokenizer:
     """CodeLlamaTokenizer: as LlamaTokenizer, with the tokens of its infilling format."""
     settings.defaults(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     infill = dict(prefix="▁<PRE>", middle="▁<MID>", suffix="▁<SUF>", eot="▁<EOT>", fill="<FILL_ME>")
@@ -496,8 +577,10 @@ def code_llama_class(vocab, merges, settings):
     return word_start_backend(model, scheme, True)
 
 
-def word_start_backend(model, scheme, strip):
-    """A tokenizer that writes spaces as ▁, before a text too. strip: whether the space before a text is dropped again."""
+def word_start_backend(model: BPE, scheme: str, strip: bool) -> tokenizers.Tokenizer:
+    """A tokenizer that writes spaces as ▁, before a text too. strip: whether the space before a text is dropped
+    again.
+    """
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -505,14 +588,14 @@ def word_start_backend(model, scheme, strip):
     return backend
 
 
-def gpt2_class(vocab, merges, settings):
+def gpt2_class(vocab: dict[str, int], merges: list[tuple[str, str]], settings: Settings) -> tokenizers.Tokenizer:
     """GPT2Tokenizer: bytes, cut where GPT-2 cuts."""
     settings.defaults(unk_token="<|endoftext|>", bos_token="<|endoftext|>", eos_token="<|endoftext|>")
     prefix = bool(settings.values.get("add_prefix_space", False))
     return byte_level_backend(vocab, merges, pre_tokenizers.ByteLevel(add_prefix_space=prefix))
 
 
-def gpt_neox_class(vocab, merges, settings):
+def gpt_neox_class(vocab: dict[str, int], merges: list[tuple[str, str]], settings: Settings) -> tokenizers.Tokenizer:
     """GPTNeoXTokenizer: as GPT2Tokenizer, on composed characters."""
     settings.defaults(pad_token="<|padding|>")
     backend = gpt2_class(vocab, merges, settings)
@@ -520,7 +603,7 @@ def gpt_neox_class(vocab, merges, settings):
     return backend
 
 
-def qwen2_class(vocab, merges, settings):
+def qwen2_class(vocab: dict[str, int], merges: list[tuple[str, str]], settings: Settings) -> tokenizers.Tokenizer:
     """Qwen2Tokenizer: bytes, every digit by itself."""
     settings.defaults(unk_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>")
     prefix = bool(settings.values.get("add_prefix_space"))
@@ -533,7 +616,9 @@ def qwen2_class(vocab, merges, settings):
     return backend
 
 
-def byte_level_backend(vocab, merges, pre_tokenizer):
+def byte_level_backend(
+    vocab: dict[str, int], merges: list[tuple[str, str]], pre_tokenizer: pre_tokenizers.PreTokenizer
+) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(BPE(vocab, merges, continuing_subword_prefix="", end_of_word_suffix=""))
     backend.pre_tokenizer = pre_tokenizer
     backend.decoder = decoders.ByteLevel()
@@ -552,15 +637,18 @@ PLAIN_CLASSES = ("", "PreTrainedTokenizer", "TokenizersBackend")  # take the fil
 
 def sentencepiece_backend(path: Path, settings: Settings) -> tokenizers.Tokenizer:
     """A sentencepiece model as a tokenizer of the library: by LlamaTokenizer's rules, or by the model's own."""
-    from sentencepiece import sentencepiece_model_pb2  # wants protobuf, which only this needs
+    from sentencepiece import sentencepiece_model_pb2  # wants protobuf, which only this needs: an optional package
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    made_at_run_time: Any = sentencepiece_model_pb2
+    proto = made_at_run_time.ModelProto()
     proto.ParseFromString(path.read_bytes())
     if not proto.pieces:
         raise InputError(f"{path}: not a readable tokenizer (it has no pieces)")
     llama = settings.kind in ("LlamaTokenizer", "CodeLlamaTokenizer")
     if settings.kind in CLASSES and not llama:
-        raise InputError(f"{path}: a sentencepiece model, which {settings.kind}, named in tokenizer_config.json, can't have")
+        raise InputError(
+            f"{path}: a sentencepiece model, which {settings.kind}, named in tokenizer_config.json, can't have"
+        )
     if settings.extra is None:
         kinds = (CONTROL, USER_DEFINED) if llama else (CONTROL,)
         pieces = [piece for piece in proto.pieces if piece.type in kinds]
@@ -576,17 +664,19 @@ def sentencepiece_backend(path: Path, settings: Settings) -> tokenizers.Tokenize
     return backend
 
 
-def halves(vocab):
-    """The merges [(left, right), ...] that make each token of vocab {token: rank} out of two others, in order of rank."""
+def halves(vocab: dict) -> list[tuple[str, str]]:
+    """The merges [(left, right), ...] that make each token of vocab {token: rank} out of two others, in order of
+    rank.
+    """
     merges = []
-    for token in sorted(vocab, key=vocab.get):
+    for token, _ in sorted(vocab.items(), key=lambda item: item[1]):
         for cut in range(1, len(token)):
             if token[:cut] in vocab and token[cut:] in vocab:
                 merges.append((token[:cut], token[cut:]))
     return merges
 
 
-def proto_backend(proto, settings):
+def proto_backend(proto: Any, settings: Settings) -> tokenizers.Tokenizer:
     """A sentencepiece model by its own rules: what its normalizer does, whether it puts a space before a text."""
     spec, trainer = proto.normalizer_spec, proto.trainer_spec
     for name, id, text in (
@@ -605,7 +695,7 @@ def proto_backend(proto, settings):
     backend = tokenizers.Tokenizer(proto_model(proto, names))
     legacy = settings.values.get("legacy", True)
     backend.normalizer = normalizers.Sequence(proto_normalizers(spec, legacy))
-    steps = []
+    steps: list[Any] = []
     if spec.add_dummy_prefix:
         scheme = "always" if legacy else "first"
         steps.append(pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False))
@@ -614,7 +704,7 @@ def proto_backend(proto, settings):
         steps.append(pre_tokenizers.Split(Regex("|".join(map(re.escape, longest_first))), behavior="isolated"))
     if steps:
         backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    undo = [decoders.Replace("▁", " ")]
+    undo: list[Any] = [decoders.Replace("▁", " ")]
     if trainer.byte_fallback:
         undo.append(decoders.ByteFallback())
     undo.append(decoders.Fuse())
@@ -624,25 +714,27 @@ def proto_backend(proto, settings):
     return backend
 
 
-def unnormalized(token):
+def unnormalized(token: AddedToken) -> AddedToken:
     """The token, matched in a text before the normalizer has seen it."""
     flags = {name: getattr(token, name) for name in TOKEN_FLAGS}
     return AddedToken(token.content, **{**flags, "normalized": False})
 
 
-def user_defined_pieces(proto):
+def user_defined_pieces(proto: Any) -> list[str]:
     return [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
 
 
-def proto_model(proto, names):
+def proto_model(proto: Any, names: dict[int, str]) -> BPE | Unigram:
     """The library's model. names: {id: text} of pieces, such as placeholders, that the folder's settings rename."""
     trainer = proto.trainer_spec
     kept = {piece.piece for id, piece in enumerate(proto.pieces) if id not in names}
     texts = [names[id] if id in names and names[id] not in kept else p.piece for id, p in enumerate(proto.pieces)]
     if trainer.model_type == trainer.UNIGRAM:
-        pieces = [(text, piece.score) for text, piece in zip(texts, proto.pieces)]
+        pieces = [(text, piece.score) for text, piece in zip(texts, proto.pieces, strict=True)]
         return Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
-    normal = [(text, -p.score, id) for id, (text, p) in enumerate(zip(texts, proto.pieces)) if p.type == NORMAL]
+    normal = [
+        (text, -p.score, id) for id, (text, p) in enumerate(zip(texts, proto.pieces, strict=True)) if p.type == NORMAL
+    ]
     rank = {text: (cost, id) for text, cost, id in normal}
     merges = sorted((*rank[left + right], left, right) for left, right in halves(rank))
     return BPE(
@@ -655,9 +747,9 @@ def proto_model(proto, names):
     )
 
 
-def proto_normalizers(spec, legacy):
+def proto_normalizers(spec: Any, legacy: bool) -> list[normalizers.Normalizer]:
     """What sentencepiece does to a text before it cuts it, in its order."""
-    steps = []
+    steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
@@ -674,7 +766,9 @@ def proto_normalizers(spec, legacy):
 
 
 class TiktokenTokenizer(Tokenizer):
-    """Llama 3's tokenizer.model: tiktoken ranks without their split pattern or special tokens, which belong to the format."""
+    """Llama 3's tokenizer.model: tiktoken ranks without their split pattern or special tokens, which belong to the
+    format.
+    """
 
     def __init__(self, folder: Path, settings: Settings):
         self.folder = folder
@@ -697,7 +791,7 @@ class TiktokenTokenizer(Tokenizer):
         self.roles = settings.role_texts()
         self.template = settings.template
 
-    def _encode(self, text, special):
+    def _encode(self, text: str, special: bool) -> list[int]:
         ids = self.model.encode(text, allowed_special="all")
         if special and self.bos and self.bos_id is not None:
             ids.insert(0, self.bos_id)
@@ -715,6 +809,6 @@ class TiktokenTokenizer(Tokenizer):
         ordinary = {token.decode("latin-1"): id for id, token in enumerate(self.model.token_byte_values())}
         return {**ordinary, **self.added}
 
-    def _save(self, folder):
+    def _save(self, folder: Path) -> dict:
         tokens = {id: dict(content=text, special=True, normalized=False) for text, id in self.added.items()}
         return {"add_bos_token": self.bos, "add_eos_token": self.eos, "added_tokens_decoder": tokens}

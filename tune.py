@@ -50,6 +50,7 @@ def exit_chances(decoder: Decoder, prompt: list[int], text: list[int], exits: Se
     of it.
     """
     model, sampling = decoder.model, decoder.sampling
+    drafter: Any = decoder.drafter  # a SelfDrafter
     x = torch.tensor([prompt + text[:-1]], device=model.embed.weight.device)  # (1, T) ids, then (1, T, D)
     hidden = {}
     for i in range(model.config.n_layer):
@@ -61,7 +62,7 @@ def exit_chances(decoder: Decoder, prompt: list[int], text: list[int], exits: Se
     chosen = torch.tensor(text[1:], device=x.device)
     chances = {}
     for e in exits:
-        logits = decoder.draft_logits(hidden[e])
+        logits = drafter.logits(hidden[e])
         if target is None:
             chance = (logits.argmax(-1) == chosen).double()
         else:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 import kernels
 from checkpoint import empty_model
 from command import InputError, check_writable, run_command
+from drafters import SelfDrafter
 from generate import Decoder, acceptance, load, peak_memory_gb
 from model import Linear, ModelConfig, RMSNorm, Transformer
 from tokenizer import Tokenizer
@@ -59,7 +60,7 @@ class Work:
     name: str  # of the model, for the report
     model: Transformer
     prompts: list[list[int]]
-    decoder_class: type[Decoder] = Decoder
+    acceptance: float | None = None  # with --shape: the chance that a drafted token is right
     tokenizer: Tokenizer | None = None  # None with --shape
     examples: list[tasks.Example] = field(default_factory=list)  # of the prompts; none with --shape
 
@@ -176,9 +177,8 @@ def load_shape(args: argparse.Namespace) -> Work:
     rows = args.prompt_tokens + args.max_new_tokens
     model = random_model(args.shape, args.quantization, min(args.early_exit), rows, args.device, dtype)
     prompts = torch.randint(vocab, (args.num_prompts, args.prompt_tokens)).tolist()
-    SpoiltDecoder.acceptance = args.acceptance
     name = f"{args.shape} shape with random weights and synthetic acceptance {args.acceptance}"
-    return Work(name, model, prompts, SpoiltDecoder)
+    return Work(name, model, prompts, args.acceptance)
 
 
 def few_exits(layers: int) -> list[int]:
@@ -230,15 +230,15 @@ def randomize(linear: Linear, std: float) -> None:
         linear.zero.copy_(linear.scale / 2)  # their mean is -1/2
 
 
-class SpoiltDecoder(Decoder):
-    """Replaces drafted tokens by wrong ones with probability 1 - acceptance."""
+class SpoiltDrafter(SelfDrafter):
+    """Drafts a wrong token in place of its own with probability 1 - acceptance. For greedy decoding."""
 
     acceptance = 1.0
 
-    def _propose(self, token, pos, u):
-        hidden, token, probs = super()._propose(token, pos, u)
-        spoilt = (token + 1) % self.model.config.vocab_size
-        return hidden, torch.where(torch.rand((), device=token.device) < self.acceptance, token, spoilt), probs
+    def step(self, token: torch.Tensor, pos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, logits = super().step(token, pos)
+        right = torch.rand((), device=token.device) < self.acceptance
+        return hidden, torch.where(right, logits, logits.roll(1, -1))  # the token behind the most likely one
 
 
 # The machine: how fast it reads memory, and how long a pass takes.
@@ -306,10 +306,13 @@ def time_pass(step: Callable[[Tensor, Tensor], Tensor], x: Tensor, pos: Tensor, 
 def make_decoders(args: argparse.Namespace, work: Work) -> list[Decoder]:
     """A plain decoder, then one for each exit layer and draft length."""
     rows = max(map(len, work.prompts)) + args.max_new_tokens
-    make = functools.partial(tasks.make_decoder, args, work.model, rows, kind=work.decoder_class)
-    decoders = [make()]
+    decoders = [tasks.make_decoder(args, work.model, rows)]
     for e, k in itertools.product(args.early_exit, args.speculate_k):
-        decoders.append(make(e, k))
+        spoilt = None
+        if work.acceptance is not None:
+            spoilt = SpoiltDrafter(work.model, e, k, args.draft_head)
+            spoilt.acceptance = work.acceptance
+        decoders.append(tasks.make_decoder(args, work.model, rows, e, k, spoilt))
     return decoders
 
 

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tasks
@@ -212,10 +213,11 @@ def places(decoder: Decoder, prompt: list[int], text: list[int], generator: torc
     A token's place is drawn from its own part of the cumulative distribution.
     """
     model, sampling, e = decoder.model, decoder.sampling, decoder.exit_layer
+    drafter: Any = decoder.drafter  # a SelfDrafter
     device = model.embed.weight.device
     start = len(prompt) - 1  # its hidden state gives the text's first token
     hidden = model(torch.tensor([prompt + text[:-1]], device=device), None, 0, e)
-    draft = sampling.distribution(decoder.draft_logits(hidden[0, start:])).double()  # (T, V)
+    draft = sampling.distribution(drafter.logits(hidden[0, start:])).double()  # (T, V)
     target = sampling.distribution(model.logits(model(hidden, None, e)[0, start:])).double()  # (T, V)
     order = (draft / target.clamp(min=1e-300)).argsort(dim=-1, descending=True)
     ranked = target.gather(1, order)

@@ -21,6 +21,7 @@ import torch
 
 from checkpoint import dtype_name
 from command import InputError, check_device, first_line
+from drafters import Drafter
 from generate import CHECKPOINTS, Decoder, Sampling
 from model import Transformer
 from tokenizer import Tokenizer
@@ -373,11 +374,14 @@ def make_decoder(
     rows: int,
     exit_layer: int | None = None,
     k: int = 0,
-    kind: type[Decoder] = Decoder,
+    drafter: Drafter | None = None,
 ) -> Decoder:
-    """A Decoder as the options describe it, plain if exit_layer is None. rows: positions that its caches have."""
-    return kind(
+    """A Decoder as the options describe it, plain if exit_layer is None. rows: positions that its caches have.
+    drafter: one to take instead.
+    """
+    return Decoder(
         model,
+        drafter=drafter,
         exit_layer=exit_layer,
         k=k,
         draft_head=args.draft_head,

@@ -13,34 +13,76 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 # The four shapes of the family, tiny: what differs between Llama 2, CodeLlama, Llama 3 and Llama 3.2.
-LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+LLAMA3_ROPE = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
 FAMILY = {
     "llama2": dict(vocab_size=320, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=False),
-    "codellama": dict(vocab_size=336, num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=False,
-                      rope_parameters=dict(rope_type="default", rope_theta=1e6), rms_norm_eps=1e-5),
-    "llama3": dict(vocab_size=384, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False, head_dim=24,
-                   rope_parameters=dict(rope_type="default", rope_theta=5e5), eos_token_id=[5, 7]),
-    "llama3.2": dict(vocab_size=384, num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=True,
-                     rope_parameters=dict(LLAMA3_ROPE, rope_theta=5e5), eos_token_id=[5, 7]),
+    "codellama": dict(
+        vocab_size=336,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6),
+        rms_norm_eps=1e-5,
+    ),
+    "llama3": dict(
+        vocab_size=384,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        head_dim=24,
+        rope_parameters=dict(rope_type="default", rope_theta=5e5),
+        eos_token_id=[5, 7],
+    ),
+    "llama3.2": dict(
+        vocab_size=384,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        rope_parameters=dict(LLAMA3_ROPE, rope_theta=5e5),
+        eos_token_id=[5, 7],
+    ),
 }
 
 
 def make_hf_model(shape, seed=0, **overrides):
     """A tiny random transformers model of one of the family's shapes, its weights large enough to matter."""
     from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(seed)
-    config = LlamaConfig(**{**dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, max_position_embeddings=128,
-                                   initializer_range=0.15, bos_token_id=1, eos_token_id=2), **FAMILY[shape], **overrides})
+    config = LlamaConfig(
+        **{
+            **dict(
+                hidden_size=64,
+                intermediate_size=96,
+                num_hidden_layers=4,
+                max_position_embeddings=128,
+                initializer_range=0.15,
+                bos_token_id=1,
+                eos_token_id=2,
+            ),
+            **FAMILY[shape],
+            **overrides,
+        }
+    )
     return LlamaForCausalLM(config).eval()
 
 
 def write_tokenizer(folder, vocab_size=300):
     """A tiny sentencepiece tokenizer with byte fallback."""
     import sentencepiece
+
     words = [f"def f{i}(x): return x * {i} + value" for i in range(50)]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(words), model_prefix=str(Path(folder) / "tokenizer"), model_type="bpe", vocab_size=vocab_size,
-        byte_fallback=True, hard_vocab_limit=False, minloglevel=2)
+        sentence_iterator=iter(words),
+        model_prefix=str(Path(folder) / "tokenizer"),
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +98,7 @@ def hf_folder(tmp_path_factory):
             write_tokenizer(folder)
             made[shape] = folder, model
         return made[shape]
+
     return make
 
 
@@ -63,6 +106,7 @@ def hf_folder(tmp_path_factory):
 def checkpoint(hf_folder):
     """Function: shape -> path of the converted model.pth."""
     from convert_hf_checkpoint import convert
+
     return lambda shape: convert(hf_folder(shape)[0])
 
 

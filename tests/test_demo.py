@@ -1,4 +1,5 @@
 """The checkpoint that comes with the repository."""
+
 import json
 
 import pytest
@@ -25,7 +26,7 @@ def test_it_is_small_and_says_what_it_is():
 
 def test_prompts_come_back_from_the_tokenizer(demo):
     model, tokenizer, prompts = demo
-    for line, ids in zip((FOLDER / "prompts.jsonl").read_text().splitlines(), prompts):
+    for line, ids in zip((FOLDER / "prompts.jsonl").read_text().splitlines(), prompts, strict=False):
         assert tokenizer.decode(ids) == json.loads(line)["prompt"] and len(ids) + 256 <= model.config.context
 
 
@@ -41,8 +42,11 @@ def test_self_speculation_writes_the_same_text_and_is_often_right(exit_layer, k,
 def test_transformers_writes_the_same_text(demo, tmp_path):
     from export_hf_checkpoint import export
     from transformers import AutoModelForCausalLM
+
     model, _, prompts = demo
     theirs = AutoModelForCausalLM.from_pretrained(export(FOLDER / "model.pth", tmp_path / "hf"), dtype=torch.float32)
     prompt = torch.tensor([prompts[0]])
-    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=60, do_sample=False, pad_token_id=0)[0, prompt.shape[1]:]
+    expected = theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=60, do_sample=False, pad_token_id=0
+    )[0, prompt.shape[1] :]
     assert list(Decoder(model).generate(prompts[0], 60, model.config.eos_ids)) == expected.tolist()

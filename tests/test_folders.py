@@ -1,4 +1,6 @@
-"""Whole checkpoint folders as they occur in the field: converted and run, with the same ids, tokens and text as transformers."""
+"""Whole checkpoint folders as they occur in the field: converted and run, with the same ids, tokens and text as
+transformers.
+"""
 
 import json
 import subprocess
@@ -7,12 +9,12 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, edit_json
+from convert_hf_checkpoint import convert
 from test_tokenizer import CHATML, FAST, LLAMA, TOOLS, byte_level, spm, spm_decoder, spm_json
 
 import generate
-from convert_hf_checkpoint import convert
-from generate import Conversation, Decoder, Ending, run_sample
 from checkpoint import load_config, load_model
+from generate import Conversation, Decoder, Ending, run_sample
 from tokenizer import Tokenizer
 
 PROMPTS = ["def f(self):", " return  x\n"]
@@ -54,7 +56,7 @@ def write_chain(folder, *pieces, vocab=420, **config):
         model.model.embed_tokens.weight.copy_(torch.eye(vocab))
         head = model.lm_head.weight.zero_()
         head[ids[0]] = 1
-        for now, then in zip(ids, ids[1:] + ids[:1]):
+        for now, then in zip(ids, ids[1:] + ids[:1], strict=False):
             head[:, now] = 0
             head[then, now] = 1
 
@@ -69,9 +71,9 @@ def theirs(folder, prompt, new_tokens=NEW_TOKENS):
     ids = prompt if isinstance(prompt, list) else tokenizer(prompt).input_ids
     tokens = torch.tensor([ids])
     how = dict(attention_mask=torch.ones_like(tokens), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
-    new = model.generate(tokens, **how)[0, len(ids):].tolist()
+    new = model.generate(tokens, **how)[0, len(ids) :].tolist()
     before, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids, ids + new))
-    return ids, new, whole[len(before):]
+    return ids, new, whole[len(before) :]
 
 
 def ours(path, prompt, new_tokens=NEW_TOKENS, **how):
@@ -135,7 +137,9 @@ def shown_and_hidden(folder):
 
 def half_characters(folder):
     spm(folder, **LLAMA, add_bos_token=True)
-    write_chain(folder, "<0xE2>", "▁self", "<0xE2>", "<0x82>", "<0xAC>", "<0xAC>", "<s>", "<0xE2>", "<0x82>", "<0xAC>", "▁the")
+    write_chain(
+        folder, "<0xE2>", "▁self", "<0xE2>", "<0x82>", "<0xAC>", "<0xAC>", "<s>", "<0xE2>", "<0x82>", "<0xAC>", "▁the"
+    )
 
 
 FOLDERS = {
@@ -149,7 +153,10 @@ FOLDERS = {
     "generation_config.json has another EOS": lambda f: eos(f, generation=dict(eos_token_id=3)),
     "generation_config.json has no EOS": lambda f: eos(f, generation=dict(bos_token_id=0)),
     "no EOS": lambda f: eos(f, config=None),
-    "no BOS before a text": lambda f: (byte_level(f, bos=False, tokenizer_class="GPT2Tokenizer"), write_model(f, bos_token_id=0)),
+    "no BOS before a text": lambda f: (
+        byte_level(f, bos=False, tokenizer_class="GPT2Tokenizer"),
+        write_model(f, bos_token_id=0),
+    ),
     "BOS by the post-processor": lambda f: (byte_level(f, added=TOOLS, **FAST), write_model(f, bos_token_id=0)),
     "legacy sentencepiece": lambda f: (spm(f, **{**LLAMA, "legacy": True}, add_bos_token=True), write_model(f)),
     "Llama 2's tokenizer.json": lambda f: (spm_json(f, **LLAMA), write_model(f)),
@@ -160,7 +167,9 @@ FOLDERS = {
     "few fields in config.json": lambda f: (
         spm(f, **LLAMA, add_bos_token=True),
         write_model(f, num_key_value_heads=4, max_position_embeddings=2048),
-        edit_json(f / "config.json", num_key_value_heads=None, max_position_embeddings=None, rms_norm_eps=None, head_dim=None),
+        edit_json(
+            f / "config.json", num_key_value_heads=None, max_position_embeddings=None, rms_norm_eps=None, head_dim=None
+        ),
     ),
 }
 
@@ -184,7 +193,9 @@ def test_a_head_of_its_own_is_said(tmp_path, capsys):
 def test_what_generation_config_asks_for_and_is_left_out_is_said(tmp_path, capsys):
     eos(tmp_path, generation=dict(eos_token_id=2, repetition_penalty=1.2, temperature=0.6, no_repeat_ngram_size=0))
     convert(tmp_path)
-    assert "note: generation_config.json sets repetition_penalty, which this engine leaves out" in capsys.readouterr().out
+    assert (
+        "note: generation_config.json sets repetition_penalty, which this engine leaves out" in capsys.readouterr().out
+    )
     eos(tmp_path, generation=dict(eos_token_id=2, repetition_penalty=1.0))
     convert(tmp_path)
     assert "note" not in capsys.readouterr().out
@@ -269,7 +280,6 @@ def test_prompts_from_files_are_taken_as_they_are(chat_folder, tmp_path):
         (["--chat"], b"", b"--chat: needs --prompt TEXT"),
         (["--system", "x", "--prompt", "x"], b"", b"--system is for --chat"),
         (["--stop_token_ids", "-1"], b"", b"ids are 0 or more"),
-        (["--interactive", "--prompt", "x"], b"", b"reads its prompts from the terminal"),
     ):
         result = command(chat_folder, *args, input=given)
         assert result.returncode == 1 and words in result.stderr and result.stderr.count(b"\n") == 1
@@ -323,13 +333,17 @@ def test_a_turn_reads_only_what_is_new(how, talker):
     conversation = Conversation(decoder, tokenizer, ending, system="be brief")
 
     def turn(text):
-        """Of one turn: the tokens fed for its prompt, and its length. What is said is what a decoder without caches says."""
+        """Of one turn: the tokens fed for its prompt, and its length. What is said is what a decoder without caches
+        says.
+        """
         before = list(model.cached_ids)
         conversation.answer(text)
         prompt = tokenizer.chat(conversation.messages[:-1])
         expected = list(Decoder(load_model_like(model)).generate(prompt, 20, ending.ids))
         assert decoder.stats.tokens == expected
-        common = next((i for i, (a, b) in enumerate(zip(before, prompt)) if a != b), min(len(before), len(prompt)))
+        common = next(
+            (i for i, (a, b) in enumerate(zip(before, prompt, strict=False)) if a != b), min(len(before), len(prompt))
+        )
         assert decoder.stats.prefill_tokens == len(prompt) - min(common, len(prompt) - 1)
         return decoder.stats.prefill_tokens, len(prompt)
 
@@ -388,7 +402,11 @@ def in_terminal(folder, keys, args=()):
     if process == 0:
         os.environ["TERM"] = "xterm"
         os.execv(sys.executable, list(map(str, run)))
-    written, asked, end = b"", b"\x1b[?2004h", time.time() + 120  # what switches bracketed paste on comes before each line
+    written, asked, end = (
+        b"",
+        b"\x1b[?2004h",
+        time.time() + 120,
+    )  # what switches bracketed paste on comes before each line
     try:
         while time.time() < end:
             if select.select([terminal], [], [], 0.1)[0]:
@@ -405,7 +423,9 @@ def in_terminal(folder, keys, args=()):
 
 
 def test_in_a_terminal_lines_are_of_any_length(chat_folder):
-    """Longer than the 4095 characters of a terminal's own lines; several lines pasted at once; Ctrl-C, the line before, Ctrl-D."""
+    """Longer than the 4095 characters of a terminal's own lines; several lines pasted at once; Ctrl-C, the line
+    before, Ctrl-D.
+    """
     pytest.importorskip("prompt_toolkit")
     paste = b"\x1b[200~one\ntwo\x1b[201~\r"
     written, status = in_terminal(chat_folder, [b"x" * 5000 + b"\r", paste, b"given up\x03", b"\x1b[A\r", b"\x04"])

@@ -1,24 +1,30 @@
 """Decoding: exact against transformers, against itself, and in distribution; and the command line around it."""
+
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import FAMILY, ROOT, write_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
 import kernels
 import model as engine
-from generate import Decoder, DraftDisplay, Sampling, Stats, Text, accept, acceptance, draw
 from checkpoint import load_model
 from command import InputError
+from drafters import Drafter
+from generate import Decoder, DraftDisplay, Sampling, Stats, accept, acceptance, draw
 from model import ModelConfig, Transformer
-from tokenizer import Tokenizer
+from tokenizer import Text, Tokenizer
 
 PROMPT = [1, 17, 60, 33, 25, 8]
 
@@ -26,8 +32,17 @@ PROMPT = [1, 17, 60, 33, 25, 8]
 def tiny_model(seed=0, context=96, n_layer=4, vocab=64, late=0.4, dtype=torch.float32):
     """A random model whose layers after the first change little, so that drafts are sometimes right."""
     torch.manual_seed(seed)
-    config = ModelConfig(vocab_size=vocab, dim=48, n_layer=n_layer, n_head=4, n_kv_head=2, head_dim=12, intermediate_size=64,
-                         context=context, eos_ids=(2,))
+    config = ModelConfig(
+        vocab_size=vocab,
+        dim=48,
+        n_layer=n_layer,
+        n_head=4,
+        n_kv_head=2,
+        head_dim=12,
+        intermediate_size=64,
+        context=context,
+        eos_ids=(2,),
+    )
     model = Transformer(config).requires_grad_(False).eval()
     for i, layer in enumerate(model.layers):
         for name, w in layer.named_parameters():
@@ -47,7 +62,9 @@ def run(model, n=40, prompt=PROMPT, eos=(), **how):
 def test_greedy_text_equals_transformers(shape, hf_folder, checkpoint):
     _, theirs = hf_folder(shape)
     prompt = torch.tensor([PROMPT])
-    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=50, do_sample=False, pad_token_id=0)[0, len(PROMPT):].tolist()
+    expected = theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=50, do_sample=False, pad_token_id=0
+    )[0, len(PROMPT) :].tolist()
     model = load_model(checkpoint(shape))
     for how in ({}, dict(exit_layer=2, k=3), dict(exit_layer=1, k=15)):
         assert run(model, 50, eos=model.config.eos_ids, **how)[0] == expected
@@ -90,9 +107,17 @@ def test_compiled_equals_eager():
     eos = next(t for i, t in enumerate(long) if i > 20 and t not in long[:i])
     decoders = [Decoder(model, compile=True, exit_layer=e, k=k) for e, k in ((1, 5), (3, 2))]
     for decoder in decoders:  # EOS within a draft, the context's end, and a limit within a round
-        assert list(decoder.generate(PROMPT, 90, (eos,))) == long[:long.index(eos) + 1]
-        assert list(decoder.generate(PROMPT, 999)) == run(model, 999)[0] and list(decoder.generate(PROMPT, 17)) == long[:17]
-    for how in (dict(), dict(exit_layer=2, k=3), dict(draft_model=tiny_model(n_layer=2), k=2), dict(exit_layer=1, k=2, sampling=Sampling(0.9, 20, 0.9), seed=3)):
+        assert list(decoder.generate(PROMPT, 90, (eos,))) == long[: long.index(eos) + 1]
+        assert (
+            list(decoder.generate(PROMPT, 999)) == run(model, 999)[0]
+            and list(decoder.generate(PROMPT, 17)) == long[:17]
+        )
+    for how in (
+        dict(),
+        dict(exit_layer=2, k=3),
+        dict(draft_model=tiny_model(n_layer=2), k=2),
+        dict(exit_layer=1, k=2, sampling=Sampling(0.9, 20, 0.9), seed=3),
+    ):
         torch._dynamo.reset()
         eager, stats = run(model, 30, **how)
         compiled, compiled_stats = run(model, 30, compile=True, compile_prefill=True, **how)
@@ -105,7 +130,7 @@ def resized(model, vocab):
     common = min(vocab, model.config.vocab_size)
     for name, w in model.state_dict().items():
         own = other.state_dict()[name]
-        own[:len(w)].copy_(w[:len(own)])
+        own[: len(w)].copy_(w[: len(own)])
         if name in ("embed.weight", "head.weight"):
             own[common:] = 0
     return other
@@ -151,7 +176,7 @@ def test_logits_that_are_not_finite_end_the_generation(how, sampling):
     with pytest.raises(InputError, match="not finite"):
         run(model, 5, [broken], **how)
     if not sampling.temperature:  # of a sampled text each decoder draws another
-        assert yielded == whole[:len(yielded)] and len(yielded) <= whole.index(broken) + 1
+        assert yielded == whole[: len(yielded)] and len(yielded) <= whole.index(broken) + 1
 
 
 def test_drafts_that_make_logits_infinite_are_only_rejected():
@@ -180,7 +205,7 @@ def test_stops_after_eos_wherever_it_falls_in_a_round(how):
     plain, _ = run(model, 60)
     unused = next(t for t in range(64) if t not in plain)
     for end in sorted({plain.index(t) for t in plain}):
-        assert run(model, 60, eos=(unused, plain[end]), **how)[0] == plain[:end + 1]
+        assert run(model, 60, eos=(unused, plain[end]), **how)[0] == plain[: end + 1]
 
 
 @pytest.mark.parametrize("how", [dict(), dict(exit_layer=2, k=5), dict(draft_model=tiny_model(1), k=5)])
@@ -188,7 +213,7 @@ def test_the_context_is_used_to_its_end_and_no_further(how):
     model = tiny_model(context=32)
     long, _ = run(tiny_model(context=96), 60)
     ours, _ = run(model, 60, **how)
-    assert ours == long[:32 - len(PROMPT) + 1]
+    assert ours == long[: 32 - len(PROMPT) + 1]
     whole = (PROMPT * 6)[:32]
     assert len(run(model, 60, whole, **how)[0]) == 1
     with pytest.raises(InputError, match="33 tokens, but there is room for 32"):
@@ -204,11 +229,21 @@ def test_work_per_round(monkeypatch):
     for i, layer in enumerate(model.layers):
         layer.register_forward_hook(lambda m, args, out, i=i: calls.append((i, out.shape[1])))  # of the prompt's pass
     run_layers, number = engine.run_layers, {layer: i for i, layer in enumerate(model.layers)}
-    monkeypatch.setattr(engine, "run_layers", lambda layers, x, *rest: (calls.extend((number[l], x.shape[1]) for l in layers), run_layers(layers, x, *rest))[1])
+    monkeypatch.setattr(
+        engine,
+        "run_layers",
+        lambda layers, x, *rest: (
+            calls.extend((number[layer], x.shape[1]) for layer in layers),
+            run_layers(layers, x, *rest),
+        )[1],
+    )
     model.head.register_forward_hook(lambda m, args, out: calls.append(("head", out.numel() // 64)))
     _, stats = run(model, 30, exit_layer=E, k=K, draft_head="full")
     rounds = sum(stats.accept_counts)
-    count = lambda *key: calls.count(key)
+
+    def count(*key):
+        return calls.count(key)
+
     for i in range(4):
         assert count(i, len(PROMPT)) == 1
         assert (count(i, 1), count(i, K + 1)) == ((rounds * (K + 1), 0) if i < E else (0, rounds))
@@ -220,16 +255,24 @@ class NoQuestions(TorchDispatchMode):
     """Fails when an operation would make the host wait for a value on the device."""
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        masks = op.overloadpacket is torch.ops.aten.index and any(i is not None and i.dtype == torch.bool for i in args[1])
-        assert not masks and op.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal), op
+        masks = op.overloadpacket is torch.ops.aten.index and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        assert not masks and op.overloadpacket not in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+            torch.ops.aten.equal,
+        ), op
         return op(*args, **(kwargs or {}))
 
 
 @pytest.fixture
 def no_questions(monkeypatch):
     """A context in which no value may be read back: by an operation, or by the methods that are none."""
+
     def refuse(*args, **kwargs):
         raise AssertionError("a value was read back")
+
     for method in ("tolist", "numpy", "cpu"):
         monkeypatch.setattr(torch.Tensor, method, refuse)
     return lambda: NoQuestions()
@@ -249,7 +292,20 @@ def test_a_round_never_asks_the_device(how, sampling, no_questions):
                 question()
 
 
-@pytest.mark.parametrize("how", [dict(), dict(exit_layer=2, k=4), dict(draft_model=tiny_model(1), k=2), dict(exit_layer=1, k=3, sampling=Sampling(0.9), seed=5)])
+def counted(decoder, rounds, on_draft=None):
+    rounds.append(1)
+    return Decoder.round(decoder, on_draft)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(),
+        dict(exit_layer=2, k=4),
+        dict(draft_model=tiny_model(1), k=2),
+        dict(exit_layer=1, k=3, sampling=Sampling(0.9), seed=5),
+    ],
+)
 def test_reading_a_round_late_changes_nothing(how):
     """As on a GPU: the next round runs before this one is read, and what a text's end leaves over is discarded."""
     model = tiny_model(context=48)
@@ -257,12 +313,12 @@ def test_reading_a_round_late_changes_nothing(how):
     for limit in (*range(1, 12), 99):
         decoder = Decoder(model, **how)
         decoder.late, rounds = 1, []
-        decoder.round = lambda on_draft=None: (rounds.append(1), Decoder.round(decoder, on_draft))[1]
+        decoder.round = partial(counted, decoder, rounds)
         assert list(decoder.generate(PROMPT, limit)) == plain[:limit]
         assert sum(decoder.stats.accept_counts) <= len(rounds) <= sum(decoder.stats.accept_counts) + 1
     assert decoder.stats.accept_counts == stats.accept_counts
     decoder.random.manual_seed(how.get("seed", 0))
-    assert list(decoder.generate(PROMPT, 99, (plain[20],))) == plain[:plain.index(plain[20]) + 1]  # EOS within it
+    assert list(decoder.generate(PROMPT, 99, (plain[20],))) == plain[: plain.index(plain[20]) + 1]  # EOS within it
 
 
 def test_a_round_is_recorded_once_and_again_when_the_caches_move(monkeypatch):
@@ -284,21 +340,26 @@ def test_a_round_is_recorded_once_and_again_when_the_caches_move(monkeypatch):
         decoder.random.set_state(state)  # capturing draws nothing
 
     stream = type("Stream", (), {"__init__": lambda *a: None, "wait_stream": lambda *a: None})
-    for name, value in dict(CUDAGraph=Graph, graph=capture, Stream=stream, current_stream=lambda d: stream(), stream=lambda s: nullcontext()).items():
+    for name, value in dict(
+        CUDAGraph=Graph, graph=capture, Stream=stream, current_stream=lambda d: stream(), stream=lambda s: nullcontext()
+    ).items():
         monkeypatch.setattr(torch.cuda, name, value)
     for how in (dict(exit_layer=1, k=3), dict(sampling=Sampling(0.9), exit_layer=2, k=2)):
         decoder, recorded[:] = Decoder(model, seed=3, **how), []
         expected = run(model, 30, seed=3, **how)[0]
         decoder.graphed = True
 
-        def record():
+        def record(decoder=decoder):
             Decoder.record(decoder)
             decoder.graph[0].out = decoder.graph[1]
+
         decoder.record = record
         assert list(decoder.generate(PROMPT, 30)) == expected and len(recorded) == 1
         list(decoder.generate(PROMPT, 10))
         assert len(recorded) == 1
-        model.setup_caches(model.layers[0].attention.k_cache.shape[2] + 1)  # the graph would read and write the old ones
+        model.setup_caches(
+            model.layers[0].attention.k_cache.shape[2] + 1
+        )  # the graph would read and write the old ones
         decoder.random.manual_seed(3)
         assert list(decoder.generate(PROMPT, 30)) == expected and len(recorded) == 2
 
@@ -315,8 +376,11 @@ def test_nothing_recompiles_over_two_hundred_rounds():
 
 # Distributions.
 
+
 def chi_square(counts, probs):
-    """Pearson's statistic of observed counts (V,) against probabilities (V,), its degrees of freedom, and its p-value."""
+    """Pearson's statistic of observed counts (V,) against probabilities (V,), its degrees of freedom, and its
+    p-value.
+    """
     expected = probs.double() * counts.sum()
     assert counts[expected == 0].sum() == 0, "drew a token of probability zero"
     small = expected < 5  # pooled, as the approximation needs
@@ -330,7 +394,7 @@ def chi_square(counts, probs):
 def reference_distribution(logits, temperature, top_k, top_p):
     """The sampling distribution by the definition, token by token, in float64."""
     scaled = [x / temperature for x in logits.double().tolist()]
-    keep = sorted(range(len(scaled)), key=lambda i: -scaled[i])[:top_k or len(scaled)]
+    keep = sorted(range(len(scaled)), key=lambda i: -scaled[i])[: top_k or len(scaled)]
     total = sum(torch.tensor(scaled[i]).exp().item() for i in keep)
     probs, mass, out = {i: torch.tensor(scaled[i]).exp().item() / total for i in keep}, 0.0, torch.zeros(len(scaled))
     for i in keep:
@@ -392,13 +456,16 @@ def test_the_distribution_test_notices_a_broken_rule(broken):
             tokens[n] = draw(s.distribution(logits)[n], u[2:])
             return tokens, n
         return accept(drafted, Sampling(1.0).distribution(p.log()), logits, u, Sampling(2.0))
+
     first, _, q = speculate(rule, Sampling(0.8, top_k=9), 6000)
     assert (first[q[0] == 0].sum() > 0) or chi_square(first, q[0]) < 1e-6
 
 
 @pytest.mark.parametrize("how", [dict(), dict(exit_layer=1, k=3), dict(draft_model=tiny_model(7, vocab=12), k=3)])
 def test_sampled_tokens_have_the_models_distribution(how):
-    """End to end: the second and third token of many short generations, against the model's own probabilities in float64."""
+    """End to end: the second and third token of many short generations, against the model's own probabilities in
+    float64.
+    """
     model, s = tiny_model(vocab=12), Sampling(1.2, top_k=8)
     prompt, n = [3, 4, 5], 4000
     decoder = Decoder(model, sampling=s, seed=0, rows=8, **how)
@@ -407,11 +474,67 @@ def test_sampled_tokens_have_the_models_distribution(how):
         counts[tuple(decoder.generate(prompt, 3))] += 1
     joint = torch.zeros(12, 12, 12, dtype=torch.float64)
     reference = tiny_model(vocab=12).double()
-    row = lambda ids: reference_distribution(reference.logits(reference(torch.tensor([ids])))[0, -1], 1.2, 8, 1.0).double()
+
+    def row(ids):
+        return reference_distribution(reference.logits(reference(torch.tensor([ids])))[0, -1], 1.2, 8, 1.0).double()
+
     for a, pa in enumerate(row(prompt)):
         for b, pb in enumerate(row(prompt + [a])):
             joint[a, b] = pa * pb * row(prompt + [a, b])
     assert chi_square(counts.flatten(), joint.flatten()) > 1e-3
+
+
+class Parrot(Drafter):
+    """Drafts a fixed text, whatever came before: a drafter that is none of the engine's."""
+
+    def __init__(self, target, text, k):
+        super().__init__(target, k)
+        self.text = torch.tensor([text])
+
+    def draft(self, step, token, pos, u):
+        drafted = self.text.gather(1, (pos + torch.arange(self.k))[None] % self.text.shape[1])
+        probs = F.one_hot(drafted[0], self.vocab_size).float().split(1)
+        return torch.cat((token, drafted), dim=1), [], list(probs)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_the_loop_takes_any_drafter(compile):
+    model = tiny_model()
+    plain, _ = run(model, 40)
+    text = (PROMPT + plain)[1:-9] + [5] * 9  # right but for its end
+    ours, stats = run(model, 40, drafter=Parrot(model, text, 3), compile=compile)
+    assert ours == plain and stats.accept_counts[3] >= 7 and sum(stats.accept_counts[:3]) > 0
+    model, s = tiny_model(vocab=12), Sampling(1.2, top_k=8)
+    decoder = Decoder(model, drafter=Parrot(model, [3, 5, 7], 2), sampling=s, seed=0, rows=8)
+    counts = torch.zeros(12, dtype=torch.long)
+    for _ in range(500):
+        counts[list(decoder.generate([3, 4, 5], 2))[1]] += 1
+    reference = tiny_model(vocab=12).double()
+
+    def row(ids):
+        return reference_distribution(reference.logits(reference(torch.tensor([ids])))[0, -1], 1.2, 8, 1.0).double()
+
+    first = row([3, 4, 5])
+    assert chi_square(counts, sum(first[a] * row([3, 4, 5, a]) for a in range(12))) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "how",
+    [dict(), dict(exit_layer=1, k=2), dict(draft_model=tiny_model(1), k=2), dict(exit_layer=1, k=2, compile=True)],
+)
+def test_a_decoder_is_freed_with_its_last_reference(how):
+    """Or else two models would be in memory at once where one follows the other."""
+    decoder = Decoder(tiny_model(), **how)
+    list(decoder.generate(PROMPT, 10))
+    gone = [weakref.ref(decoder), weakref.ref(decoder.model)]
+    gc.disable()
+    try:
+        if how.get("compile"):
+            torch._dynamo.reset()  # compiled code is kept for the next decoder of the same shape
+        del decoder
+        assert [ref() for ref in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_seed_reproduces():
@@ -432,13 +555,18 @@ def test_statistics():
         assert decoder.ideal_speedup(2.0) == pytest.approx(3 / (3 * (layer + head) / full + 1))
     assert Decoder(model).ideal_speedup(0) == 1
     assert acceptance([1, 0, 3]) == ([0.25, 0, 0.75], 1.5) and acceptance([0]) == ([], 0.0)
-    assert Stats(3, [9], 1.0, 2.0, list(range(9))).tokens_per_second == 4 and Stats(3, [0], tokens=[1]).tokens_per_second == 0
+    assert (
+        Stats(3, [9], 1.0, 2.0, list(range(9))).tokens_per_second == 4
+        and Stats(3, [0], tokens=[1]).tokens_per_second == 0
+    )
 
 
 # Text and the command line.
 
+
 class Letters:
     """A tokenizer of bytes, for tests."""
+
     def is_shown(self, token):
         return True
 
@@ -473,20 +601,75 @@ def test_drafts_are_dimmed_and_overwritten(capsys, monkeypatch):
 
 
 def cli(*args, cwd=ROOT, env=None):
-    return subprocess.run([sys.executable, str(ROOT / "generate.py"), *map(str, args)], capture_output=True, text=True, cwd=cwd, env={**os.environ, **(env or {})})
+    return subprocess.run(
+        [sys.executable, str(ROOT / "generate.py"), *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+    )
 
 
 def test_command_line_reports_what_it_did(checkpoint, tmp_path):
     path = checkpoint("llama2")
-    result = cli("--checkpoint_path", path, "--prompt", "def f1(x):", "--num_samples", 2, "--max_new_tokens", 20, "--top_k", 100, "--temperature", 0.6,
-                 "--self_speculative", "--early_exit", 2, "--speculate_k", 3, "--json", "-", "--profile", tmp_path / "trace.json")
+    result = cli(
+        "--checkpoint_path",
+        path,
+        "--prompt",
+        "def f1(x):",
+        "--num_samples",
+        2,
+        "--max_new_tokens",
+        20,
+        "--top_k",
+        100,
+        "--temperature",
+        0.6,
+        "--self_speculative",
+        "--early_exit",
+        2,
+        "--speculate_k",
+        3,
+        "--json",
+        "-",
+        "--profile",
+        tmp_path / "trace.json",
+    )
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
-    assert set(report) == {"samples", "tokens_per_second", "acceptance_probs", "mean_accepted", "memory_gb", "bandwidth_gb_per_s", "ideal_speedup",
-                           "compile_seconds", "settings"}
-    assert set(report["samples"][0]) == {"prompt_tokens", "tokens", "text", "prefill_seconds", "decode_seconds", "tokens_per_second", "accept_counts"}
-    assert len(report["samples"]) == 2 and sum(report["acceptance_probs"]) == pytest.approx(1) and report["settings"]["exit_layer"] == 2
-    for line in ("tokens_per_sec", "Acceptance probs", "Mean Accepted", "Average tokens/sec", "Memory used", "Bandwidth"):
+    assert set(report) == {
+        "samples",
+        "tokens_per_second",
+        "acceptance_probs",
+        "mean_accepted",
+        "memory_gb",
+        "bandwidth_gb_per_s",
+        "ideal_speedup",
+        "compile_seconds",
+        "settings",
+    }
+    assert set(report["samples"][0]) == {
+        "prompt_tokens",
+        "tokens",
+        "text",
+        "prefill_seconds",
+        "decode_seconds",
+        "tokens_per_second",
+        "accept_counts",
+    }
+    assert (
+        len(report["samples"]) == 2
+        and sum(report["acceptance_probs"]) == pytest.approx(1)
+        and report["settings"]["exit_layer"] == 2
+    )
+    for line in (
+        "tokens_per_sec",
+        "Acceptance probs",
+        "Mean Accepted",
+        "Average tokens/sec",
+        "Memory used",
+        "Bandwidth",
+    ):
         assert line in result.stdout
     assert "traceEvents" in json.loads((tmp_path / "trace.json").read_text())
 
@@ -496,8 +679,25 @@ def test_command_line_greedy_equals_the_api(checkpoint, tmp_path):
     model, tokenizer = load_model(path), Tokenizer.load(path.parent)
     expected, _ = run(model, 25, tokenizer.encode("return x"), model.config.eos_ids)
     out = tmp_path / "report.json"
-    common = ("--checkpoint_path", path, "--prompt", "return x", "--num_samples", 1, "--max_new_tokens", 25, "--temperature", 0, "--json", out)
-    for how in ((), ("--generation_strategy", "self_speculative", "--exit_layer", 3, "--num_speculations", 2), ("--draft_checkpoint_path", checkpoint("llama3"))):
+    common = (
+        "--checkpoint_path",
+        path,
+        "--prompt",
+        "return x",
+        "--num_samples",
+        1,
+        "--max_new_tokens",
+        25,
+        "--temperature",
+        0,
+        "--json",
+        out,
+    )
+    for how in (
+        (),
+        ("--generation_strategy", "self_speculative", "--exit_layer", 3, "--num_speculations", 2),
+        ("--draft_checkpoint_path", checkpoint("llama3")),
+    ):
         result = cli(*common, *how)
         assert result.returncode == 0, result.stderr
         assert json.loads(out.read_text())["samples"][0]["tokens"] == expected
@@ -510,17 +710,46 @@ def test_says_when_the_context_is_shorter_than_asked_for(checkpoint):
 
 
 def test_stop_strings_end_a_sample(checkpoint):
-    common = ("--checkpoint_path", checkpoint("llama2"), "--num_samples", 1, "--max_new_tokens", 30, "--temperature", 0, "--precision", "float16", "--json", "-")
+    common = (
+        "--checkpoint_path",
+        checkpoint("llama2"),
+        "--num_samples",
+        1,
+        "--max_new_tokens",
+        30,
+        "--temperature",
+        0,
+        "--precision",
+        "float16",
+        "--json",
+        "-",
+    )
     whole = json.loads(cli(*common).stdout.splitlines()[-1])["samples"][0]
     stop = whole["text"][8:11]
     sample = json.loads(cli(*common, "--stop", stop, "--self_speculative").stdout.splitlines()[-1])["samples"][0]
-    assert sample["text"] == whole["text"][:whole["text"].index(stop)] and sample["tokens"] == whole["tokens"][:len(sample["tokens"])]
+    assert (
+        sample["text"] == whole["text"][: whole["text"].index(stop)]
+        and sample["tokens"] == whole["tokens"][: len(sample["tokens"])]
+    )
 
 
 def test_interactive_goes_on_after_a_bad_prompt(checkpoint):
     path = checkpoint("llama2")
-    result = subprocess.run([sys.executable, str(ROOT / "generate.py"), "--checkpoint_path", str(path), "--interactive", "--self_speculative", "--max_new_tokens", "8"],
-                            input="def f1\n" + "x" * 2000 + "\nreturn\n", capture_output=True, text=True)
+    result = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "generate.py"),
+            "--checkpoint_path",
+            str(path),
+            "--interactive",
+            "--self_speculative",
+            "--max_new_tokens",
+            "8",
+        ],
+        input="def f1\n" + "x" * 2000 + "\nreturn\n",
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0 and result.stdout.count("tokens/sec") + result.stdout.count("no decoding step") == 2
     assert "there is room for 128" in result.stdout
 
@@ -553,7 +782,9 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line(case, checkpoint, monkeypatch, capsys):
     args, words = BAD[case]
-    args = [str(checkpoint("llama2")) if a == "SELF" else str(checkpoint("llama3")) if a == "OTHER" else a for a in args]
+    args = [
+        str(checkpoint("llama2")) if a == "SELF" else str(checkpoint("llama3")) if a == "OTHER" else a for a in args
+    ]
     if "--checkpoint_path" not in args:
         args = ["--checkpoint_path", str(checkpoint("llama2")), *args]
     with pytest.raises(SystemExit) as exit:
@@ -566,14 +797,23 @@ def test_a_draft_model_must_read_the_prompt_as_the_target_does(checkpoint, tmp_p
     shutil.copytree(checkpoint("llama2").parent, tmp_path / "draft")
     write_tokenizer(tmp_path / "draft", vocab_size=288)
     with pytest.raises(InputError, match="a draft model must share it"):
-        generate.main(["--checkpoint_path", str(checkpoint("llama2")), "--draft_checkpoint_path", str(tmp_path / "draft" / "model.pth"), "--prompt", "def f1(x): return value"])
+        generate.main(
+            [
+                "--checkpoint_path",
+                str(checkpoint("llama2")),
+                "--draft_checkpoint_path",
+                str(tmp_path / "draft" / "model.pth"),
+                "--prompt",
+                "def f1(x): return value",
+            ]
+        )
 
 
 def test_without_kernels_drafts_are_chosen_with_the_head_itself(checkpoint, monkeypatch):
     model = load_model(checkpoint("llama2"))
-    assert Decoder(model, exit_layer=1, k=2, rows=40).draft_head is not None
+    assert Decoder(model, exit_layer=1, k=2, rows=40).drafter.head is not None
     monkeypatch.setattr(kernels, "enabled", False)
-    assert Decoder(model, exit_layer=1, k=2, rows=40).draft_head is None
+    assert Decoder(model, exit_layer=1, k=2, rows=40).drafter.head is None
 
 
 def test_the_process_itself_exits_with_one_line():

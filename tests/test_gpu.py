@@ -1,9 +1,12 @@
-"""What only a GPU can show: a round is one real CUDA graph, the host doesn't wait for it, and rows don't depend on their neighbours."""
+"""What only a GPU can show: a round is one real CUDA graph, the host doesn't wait for it, and rows don't depend on
+their neighbours.
+"""
+
 import pytest
 import torch
 
-from generate import Decoder, Sampling
 from checkpoint import load_model
+from generate import Decoder, Sampling
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU here: the real CUDA graph of a round is not tested", allow_module_level=True)
@@ -27,7 +30,7 @@ def test_rows_are_bitwise_the_same_however_many_go_together(model):
     with torch.inference_mode():
         model.setup_caches(64)
         ids, pos = torch.tensor([PROMPT], device="cuda"), torch.arange(len(PROMPT), device="cuda")
-        one_by_one = torch.cat([model(ids[:, i:i + 1], pos[i:i + 1]) for i in range(8)], dim=1)
+        one_by_one = torch.cat([model(ids[:, i : i + 1], pos[i : i + 1]) for i in range(8)], dim=1)
         for count in (2, 4, 8):
             assert torch.equal(model(ids[:, :count], pos[:count]), one_by_one[:, :count])
 
@@ -40,13 +43,17 @@ def test_the_host_does_not_wait_for_a_round_which_is_one_launch(model, how, samp
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as profile:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        ) as profile:
             rounds = [decoder.launch() for _ in range(6)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len({tuple(r()) for r in rounds}) > 1 or sampling.temperature == 0  # each replay draws new numbers
     launches = {event.key: event.count for event in profile.key_averages()}
     assert launches["cudaGraphLaunch"] == 6
-    assert launches.get("cudaLaunchKernel", 0) <= 6 * (2 if sampling.temperature else 0)  # a replay sets the generator's seed and offset
+    assert launches.get("cudaLaunchKernel", 0) <= 6 * (
+        2 if sampling.temperature else 0
+    )  # a replay sets the generator's seed and offset
     decoder.random.manual_seed(5)
     assert list(decoder.generate(PROMPT, 40)) == first

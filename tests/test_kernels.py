@@ -1,6 +1,8 @@
 """The kernels against float64, and their promise that a row never depends on its neighbours."""
+
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ def test_linear(m, n, k, dtype):
     bound = x.double().abs() @ w.double().abs().T * k * 2**-24 + exact.abs() * torch.finfo(dtype).eps
     assert y.shape == (1, m, n) and y.dtype == dtype and ((y.double() - exact).abs() <= bound + 1e-30).all()
     for i in range(m):
-        assert torch.equal(torch.ops.layerskip.linear(x[:, i:i + 1], w)[:, 0], y[:, i])
+        assert torch.equal(torch.ops.layerskip.linear(x[:, i : i + 1], w)[:, 0], y[:, i])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -39,22 +41,36 @@ def test_int8_linear(m, n, k, dtype):
     g = torch.Generator().manual_seed(m * n + k)
     x, w = torch.randn(1, m, k, generator=g).to(dtype), torch.randn(n, k, generator=g)
     q, scale = formats.int8_rows(w)
-    assert q.dtype == torch.int8 and ((q.double() * scale[:, None].double() - w.double()).abs() <= scale[:, None] * 0.5001).all()
+    assert (
+        q.dtype == torch.int8
+        and ((q.double() * scale[:, None].double() - w.double()).abs() <= scale[:, None] * 0.5001).all()
+    )
     y, dequantized = torch.ops.layerskip.linear(x, q, scale), q.double() * scale.double()[:, None]
     exact = x.double() @ dequantized.T
     bound = x.double().abs() @ dequantized.abs().T * (k + 1) * 2**-24 + exact.abs() * torch.finfo(dtype).eps
     assert y.shape == (1, m, n) and y.dtype == dtype and ((y.double() - exact).abs() <= bound + 1e-30).all()
     for i in range(m):
-        assert torch.equal(torch.ops.layerskip.linear(x[:, i:i + 1], q, scale)[:, 0], y[:, i])
+        assert torch.equal(torch.ops.layerskip.linear(x[:, i : i + 1], q, scale)[:, 0], y[:, i])
 
 
 def layers_model(heads, kv_heads, c, ffn, dtype):
     """Two layers with weights large enough for sharp attention and saturated gates."""
     torch.manual_seed(heads * c)
-    config = ModelConfig(vocab_size=8, dim=heads * 10 + 3, n_layer=2, n_head=heads, n_kv_head=kv_heads, head_dim=c, intermediate_size=ffn, context=100)
+    config = ModelConfig(
+        vocab_size=8,
+        dim=heads * 10 + 3,
+        n_layer=2,
+        n_head=heads,
+        n_kv_head=kv_heads,
+        head_dim=c,
+        intermediate_size=ffn,
+        context=100,
+    )
     model = Transformer(config).requires_grad_(False)
     for w in model.parameters():
-        torch.nn.init.normal_(w, std=2 / w.shape[-1] ** 0.5) if w.dim() == 2 else torch.nn.init.normal_(w, mean=1, std=0.3)
+        torch.nn.init.normal_(w, std=2 / w.shape[-1] ** 0.5) if w.dim() == 2 else torch.nn.init.normal_(
+            w, mean=1, std=0.3
+        )
     inv_freq = model.inv_freq
     model.to(dtype).inv_freq = inv_freq
     return model
@@ -66,7 +82,7 @@ def fill(model, batch, rows, last, garbage=torch.nan):
     model.setup_caches(rows, batch)
     for layer in model.layers:
         for cache in (layer.attention.k_cache, layer.attention.v_cache):
-            cache.copy_(torch.randn(cache.shape, generator=g)), cache[:, :, last + 1:].fill_(garbage)
+            cache.copy_(torch.randn(cache.shape, generator=g)), cache[:, :, last + 1 :].fill_(garbage)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -78,20 +94,23 @@ def test_layers(t, last, heads, kv_heads, c, ffn, dtype):
     exact.double().inv_freq = model.inv_freq.double()
     batch, pos = 16 // t if t > 8 else 2, torch.arange(last - t + 1, last + 1)
     x = torch.randint(8, (batch, t), generator=torch.Generator().manual_seed(last))
-    fill(model, batch, 100, last), fill(exact, batch, 100, last, 0)  # PyTorch's attention multiplies what is masked by 0
+    (
+        fill(model, batch, 100, last),
+        fill(exact, batch, 100, last, 0),
+    )  # PyTorch's attention multiplies what is masked by 0
     y, z = model(x, pos), exact.embed(x)
     positions = exact.positions(t, pos)
     for layer in exact.layers:
         z = layer(z, *positions)
     bound = 1e-5 if dtype == torch.float32 else 0.05
     assert (y.double() - z).norm() < bound * z.norm()
-    for a, b in zip(model.layers, exact.layers):
+    for a, b in zip(model.layers, exact.layers, strict=False):
         for name in ("k_cache", "v_cache"):
             ours, wanted = getattr(a.attention, name).double().nan_to_num(0), getattr(b.attention, name)
             assert (ours - wanted).norm() < bound * wanted.norm()
     fill(model, batch, 100, last)
     for i in range(t):
-        assert torch.equal(model(x[:, i:i + 1], pos[i:i + 1])[:, 0], y[:, i]), "a row depends on its neighbours"
+        assert torch.equal(model(x[:, i : i + 1], pos[i : i + 1])[:, 0], y[:, i]), "a row depends on its neighbours"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -103,7 +122,7 @@ def test_norm(m, n, dtype):
     bound = dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else dict(rtol=2e-2, atol=1e-2)
     torch.testing.assert_close(y.double(), d / (d.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w.double(), **bound)
     for i in range(m):
-        assert torch.equal(torch.ops.layerskip.norm(x[:, i:i + 1], w, 1e-5)[:, 0], y[:, i])
+        assert torch.equal(torch.ops.layerskip.norm(x[:, i : i + 1], w, 1e-5)[:, 0], y[:, i])
 
 
 def test_extreme_gates():
@@ -112,9 +131,14 @@ def test_extreme_gates():
     model = layers_model(1, 1, 2, len(gates), torch.float32)
     model.setup_caches(1)
     for layer in model.layers:
-        layer.attention.wo.weight.zero_(), layer.ffn.w2.weight.fill_(1), layer.ffn.w13.weight.zero_(), layer.ffn_norm.weight.fill_(1)
+        (
+            layer.attention.wo.weight.zero_(),
+            layer.ffn.w2.weight.fill_(1),
+            layer.ffn.w13.weight.zero_(),
+            layer.ffn_norm.weight.fill_(1),
+        )
     first = model.layers[0].ffn.w13.weight
-    first[:len(gates), 0], first[len(gates):, 0] = torch.tensor(gates), 1.0
+    first[: len(gates), 0], first[len(gates) :, 0] = torch.tensor(gates), 1.0
     model.embed.weight.zero_()[3, 0] = 1
     hidden = torch.tensor(1.0).double() * (1 / model.config.dim + 1e-5) ** -0.5  # what the norm makes of the 1
     gate = torch.tensor(gates, dtype=torch.float64) * hidden
@@ -126,27 +150,37 @@ def test_extreme_gates():
 def test_the_whole_model_keeps_rows_apart():
     """A pass over K + 1 rows gives each row bit for bit what a pass over that row alone gives."""
     from test_generate import tiny_model
+
     for dtype in (torch.float32, torch.bfloat16):
         model, tokens = tiny_model(dtype=dtype), torch.randint(0, 64, (1, 40))
         model.inv_freq = tiny_model().inv_freq
         model.setup_caches(40)
         model(tokens[:, :20])
-        together = torch.cat([model.logits(model(tokens[:, i:i + 5], torch.arange(i, i + 5))) for i in range(20, 40, 5)], 1)
+        together = torch.cat(
+            [model.logits(model(tokens[:, i : i + 5], torch.arange(i, i + 5))) for i in range(20, 40, 5)], 1
+        )
         for layer in model.layers:
             layer.attention.k_cache.zero_(), layer.attention.v_cache.zero_()
         model(tokens[:, :20])
-        alone = torch.cat([model.logits(model(tokens[:, i:i + 1], torch.arange(i, i + 1))) for i in range(20, 40)], 1)
+        alone = torch.cat([model.logits(model(tokens[:, i : i + 1], torch.arange(i, i + 1))) for i in range(20, 40)], 1)
         assert torch.equal(together, alone)
 
 
-# The Triton kernels: on a GPU, or without one in Triton's interpreter, which shows what they compute but not in which order.
+# The Triton kernels: on a GPU, or without one in Triton's interpreter, which shows what they compute but not in which
+# order.
 
-GPU, HALF = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float16)  # the interpreter has no bfloat16
+GPU, HALF = (
+    ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float16)
+)  # the interpreter has no bfloat16
 
 
 @pytest.fixture
 def triton():
     assert cuda.triton, "Triton must be installed where the tests run"
+
+
+def on_gpu(x, weight, factor, rows):
+    return cuda.linear(x[:, rows].to(GPU), weight.to(GPU), None if factor is None else factor.to(GPU))
 
 
 def alone(f, m):
@@ -167,24 +201,29 @@ def test_gpu_linear(m, n, k, dtype, triton):
     for weight, factor, exact_weight in ((w, None, w.double()), (q, scale, q.double() * scale.double()[:, None])):
         exact = x.double() @ exact_weight.T
         bound = x.double().abs() @ exact_weight.abs().T * (k + 1) * 2**-23 + exact.abs() * torch.finfo(dtype).eps
-        y = alone(lambda rows: cuda.linear(x[:, rows].to(GPU), weight.to(GPU), None if factor is None else factor.to(GPU)), m)
+        y = alone(partial(on_gpu, x, weight, factor), m)
         assert y.shape == (1, m, n) and y.dtype == dtype and ((y.double() - exact).abs() <= bound + 1e-30).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
-@pytest.mark.parametrize("heads,kv_heads,c,t,last", [(4, 4, 64, 3, 300), (8, 2, 12, 5, 31), (6, 1, 33, 2, 520), (1, 1, 8, 1, 0), (2, 1, 16, 4, 257)])
+@pytest.mark.parametrize(
+    "heads,kv_heads,c,t,last",
+    [(4, 4, 64, 3, 300), (8, 2, 12, 5, 31), (6, 1, 33, 2, 520), (1, 1, 8, 1, 0), (2, 1, 16, 4, 257)],
+)
 def test_gpu_attend(heads, kv_heads, c, t, last, dtype, triton):
     g = torch.Generator().manual_seed(t * last + c)
     q = torch.randn(2, t, heads, c, generator=g).to(dtype) * 3
     k, v = (torch.randn(2, kv_heads, 600, c, generator=g).to(dtype) for _ in "kv")
-    k[:, :, last + 1:], v[:, :, last + 1:] = torch.nan, torch.nan  # garbage that must not be read
+    k[:, :, last + 1 :], v[:, :, last + 1 :] = torch.nan, torch.nan  # garbage that must not be read
     pos = torch.arange(last - t + 1, last + 1)
     y = alone(lambda rows: cuda.attend(q[:, rows].to(GPU), k.to(GPU), v.to(GPU), pos[rows].to(GPU)), t)
     for i in range(t):
-        keys, values = (x[:, :, :pos[i] + 1].double().repeat_interleave(heads // kv_heads, 1) for x in (k, v))
-        probs = (torch.einsum("bhc,bhsc->bhs", q[:, i].double(), keys) / c ** 0.5).softmax(-1)
+        keys, values = (x[:, :, : pos[i] + 1].double().repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+        probs = (torch.einsum("bhc,bhsc->bhs", q[:, i].double(), keys) / c**0.5).softmax(-1)
         exact = torch.einsum("bhs,bhsc->bhc", probs, values)
-        torch.testing.assert_close(y[:, i].double(), exact, atol=3e-6 if dtype == torch.float32 else 2e-2, rtol=1e-2 if dtype == HALF else 1e-5)
+        torch.testing.assert_close(
+            y[:, i].double(), exact, atol=3e-6 if dtype == torch.float32 else 2e-2, rtol=1e-2 if dtype == HALF else 1e-5
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
@@ -197,16 +236,24 @@ def test_gpu_norm(dtype, triton):
 
 def test_says_so_without_a_compiler(tmp_path):
     """No compiler: a warning, once, and the same numbers from plain PyTorch."""
-    code = ("import torch, kernels, warnings\nfrom kernels import cpu, formats\n"
-            "with torch.inference_mode(), warnings.catch_warnings(record=True) as seen:\n"
-            "    warnings.simplefilter('always')\n"
-            "    assert not cpu.prepare() and not cpu.prepare()\n"
-            "    assert len(seen) == 1 and 'slower' in str(seen[0].message), seen\n"
-            "    x, w = torch.ones(1, 2, 8), torch.ones(3, 8)\n"
-            "    assert kernels.linear(x, w).eq(8).all() and kernels.linear(x, w).shape == (1, 2, 3)\n"
-            "    assert kernels.linear(x, *formats.int8_rows(w)).allclose(torch.tensor(8.))\n"
-            "    q, cache = torch.ones(1, 2, 4, 8), torch.arange(6.)[:, None].expand(1, 2, 6, 8)\n"
-            "    assert kernels.attend(q, 0 * cache, cache, torch.tensor([2, 4])).allclose(torch.tensor([1., 2.])[:, None, None])\n")
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={"CXX": str(tmp_path / "none"), "XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
-                            capture_output=True, text=True)
+    code = (
+        "import torch, kernels, warnings\nfrom kernels import cpu, formats\n"
+        "with torch.inference_mode(), warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    assert not cpu.prepare() and not cpu.prepare()\n"
+        "    assert len(seen) == 1 and 'slower' in str(seen[0].message), seen\n"
+        "    x, w = torch.ones(1, 2, 8), torch.ones(3, 8)\n"
+        "    assert kernels.linear(x, w).eq(8).all() and kernels.linear(x, w).shape == (1, 2, 3)\n"
+        "    assert kernels.linear(x, *formats.int8_rows(w)).allclose(torch.tensor(8.))\n"
+        "    q, cache = torch.ones(1, 2, 4, 8), torch.arange(6.)[:, None].expand(1, 2, 6, 8)\n"
+        "    wanted = torch.tensor([1., 2.])[:, None, None]\n"
+        "    assert kernels.attend(q, 0 * cache, cache, torch.tensor([2, 4])).allclose(wanted)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={"CXX": str(tmp_path / "none"), "XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr

@@ -1,24 +1,28 @@
-"""The measuring scripts: tasks, sweep and prediction, correctness, evaluation; offline, on the demo checkpoint and tiny models."""
+"""The measuring scripts: tasks, sweep and prediction, correctness, evaluation; offline, on the demo checkpoint and
+tiny models.
+"""
+
 import csv
 import json
 import math
 import shutil
 from functools import partial
-
-import pytest
-import torch
-from conftest import ROOT, make_hf_model
+from pathlib import Path
 
 import benchmark
 import correctness
 import eval as evaluation
-import generate
+import pytest
 import sweep
 import tasks
+import torch
+from conftest import ROOT, make_hf_model
+
+import generate
 import tune
-from generate import Decoder, Sampling
 from checkpoint import load_model
 from command import InputError
+from generate import Decoder, Sampling
 
 DEMO = str(ROOT / "checkpoints" / "demo" / "model.pth")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -40,7 +44,11 @@ def prompts(tmp_path_factory):
 
 ROWS = {
     "cnn_dm_summarization": (dict(article="It rained.", highlights="Rain."), "Article: It rained.\nSummary:", " Rain."),
-    "cnn_dm_lm": (dict(article=" ".join(f"w{i}" for i in range(103))), " ".join(f"w{i}" for i in range(100)), " w100 w101 w102"),
+    "cnn_dm_lm": (
+        dict(article=" ".join(f"w{i}" for i in range(103))),
+        " ".join(f"w{i}" for i in range(100)),
+        " w100 w101 w102",
+    ),
     "xsum_summarization": (dict(document="It snowed.", summary="Snow."), "Article: It snowed.\nSummary:", " Snow."),
     "human_eval": (dict(prompt="def f():\n", canonical_solution="    pass\n"), "def f():\n", "    pass\n"),
     "top_v2": (dict(utterance="call mum", semantic_parse="[IN:CALL mum ]"), "call mum", "\n[IN:CALL mum ]"),
@@ -57,6 +65,7 @@ def test_tasks_are_read_from_local_files(name, kind, tmp_path):
             write_jsonl(path, [row] * 2)
         else:
             import pandas
+
             frame = pandas.DataFrame([row] * 2)
             frame.to_csv(path, index=False) if kind == "csv" else frame.to_parquet(path)
     assert tasks.load_task(name, data_dir=tmp_path) == [tasks.Example(prompt, reference)] * 2
@@ -72,21 +81,30 @@ def test_shots_of_a_task_without_training_data_are_not_asked_for(tmp_path):
     assert not any(f"{p}r" in examples[0].prompt for p in asked)
 
 
-@pytest.mark.parametrize("how,words", [
-    (dict(name="humaneval"), "is neither a .jsonl file nor one of cnn_dm_summarization"),
-    (dict(name="missing.jsonl"), "can't be read"),
-    (dict(name="empty.jsonl"), "is empty"),
-    (dict(name="field.jsonl"), "line 2: not a JSON object with a 'prompt'"),
-    (dict(name="kind.jsonl"), "line 1: 'prompt' and 'reference' must be texts"),
-    (dict(name="good.jsonl", n_shot=2), "has only 2 examples to draw from"),
-    (dict(name="bare.jsonl", n_shot=1), "has no reference to show"),
-    (dict(name="human_eval", data_dir="."), "has no test*.parquet"),
-    (dict(name="top_v2", data_dir="columns"), "has no column semantic_parse"),
-    (dict(name="top_v2", data_dir="broken"), "can't be read"),
-])
+@pytest.mark.parametrize(
+    "how,words",
+    [
+        (dict(name="humaneval"), "is neither a .jsonl file nor one of cnn_dm_summarization"),
+        (dict(name="missing.jsonl"), "can't be read"),
+        (dict(name="empty.jsonl"), "is empty"),
+        (dict(name="field.jsonl"), "line 2: not a JSON object with a 'prompt'"),
+        (dict(name="kind.jsonl"), "line 1: 'prompt' and 'reference' must be texts"),
+        (dict(name="good.jsonl", n_shot=2), "has only 2 examples to draw from"),
+        (dict(name="bare.jsonl", n_shot=1), "has no reference to show"),
+        (dict(name="human_eval", data_dir="."), "has no test*.parquet"),
+        (dict(name="top_v2", data_dir="columns"), "has no column semantic_parse"),
+        (dict(name="top_v2", data_dir="broken"), "can't be read"),
+    ],
+)
 def test_bad_tasks_end_in_one_line(how, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, text in (("empty", ""), ("field", '{"prompt": "a"}\n{"text": "b"}\n'), ("kind", '{"prompt": 3}\n'), ("good", '{"prompt": "a", "reference": "b"}\n' * 2), ("bare", '{"prompt": "a"}\n' * 3)):
+    for name, text in (
+        ("empty", ""),
+        ("field", '{"prompt": "a"}\n{"text": "b"}\n'),
+        ("kind", '{"prompt": 3}\n'),
+        ("good", '{"prompt": "a", "reference": "b"}\n' * 2),
+        ("bare", '{"prompt": "a"}\n' * 3),
+    ):
         (tmp_path / f"{name}.jsonl").write_text(text)
     for folder, text in (("columns", '{"utterance": "a"}\n'), ("broken", "{")):
         (tmp_path / folder).mkdir()
@@ -101,7 +119,11 @@ def test_scores_against_values_known_by_hand():
     assert same == pytest.approx(dict(rouge1=1, rouge2=1, rougeL=1, bleu=100, exact_match=1, edit_distance=0))
     other = tasks.score(["kitten sat"], ["sitting down sat"])
     # one word of two and of three: F = 2 * (1/2 * 1/3) / (1/2 + 1/3); kitten to sitting 3 edits, " down" 5 more
-    assert other == pytest.approx(dict(rouge1=0.4, rouge2=0, rougeL=0.4, bleu=other["bleu"], exact_match=0, edit_distance=8)) and other["bleu"] < 30
+    assert (
+        other
+        == pytest.approx(dict(rouge1=0.4, rouge2=0, rougeL=0.4, bleu=other["bleu"], exact_match=0, edit_distance=8))
+        and other["bleu"] < 30
+    )
 
 
 def test_a_speedup_is_that_of_all_prompts_by_their_medians():
@@ -133,8 +155,12 @@ def test_measuring_is_for_one_process(monkeypatch):
 
 # Benchmark
 
+
 def test_benchmark_scores_a_task_and_goes_on_after_an_interrupt(tmp_path, monkeypatch, capsys):
-    command = (f"--early_exit 1 --speculate_k 2 --num_prompts 2 --max_new_tokens 12 --repeats 1 --no-compile --device cpu --score --out {tmp_path}/b --json {tmp_path}/b.json").split()
+    command = (
+        "--early_exit 1 --speculate_k 2 --num_prompts 2 --max_new_tokens 12 --repeats 1 --no-compile --device cpu "
+        f"--score --out {tmp_path}/b --json {tmp_path}/b.json"
+    ).split()
     generate_one, calls = Decoder.generate, []
 
     def interrupted(self, *args, **kwargs):
@@ -150,16 +176,22 @@ def test_benchmark_scores_a_task_and_goes_on_after_an_interrupt(tmp_path, monkey
     assert len(first.splitlines()) == 2
     monkeypatch.undo()
     benchmark.main(command)
-    assert (tmp_path / "b.jsonl").read_text().startswith(first) and len((tmp_path / "b.jsonl").read_text().splitlines()) == 3
+    assert (tmp_path / "b.jsonl").read_text().startswith(first) and len(
+        (tmp_path / "b.jsonl").read_text().splitlines()
+    ) == 3
     table = json.loads((tmp_path / "b.json").read_text())["table"]
-    assert all(row["same_text"] and 0 <= row["rouge1"] <= 1 for row in table) and table[0]["edit_distance"] == table[1]["edit_distance"] > 0
-    assert [row["k"] for row in csv.DictReader(open(tmp_path / "b.csv"))] == ["0", "2"]
+    assert (
+        all(row["same_text"] and 0 <= row["rouge1"] <= 1 for row in table)
+        and table[0]["edit_distance"] == table[1]["edit_distance"] > 0
+    )
+    assert [row["k"] for row in csv.DictReader((tmp_path / "b.csv").read_text().splitlines())] == ["0", "2"]
     counts = table[1]["acceptance_probs"]
     assert table[1]["acceptance_by_position"] == pytest.approx([1 - counts[0], counts[2] / (1 - counts[0])])
     assert "rouge1" in capsys.readouterr().out
 
 
 # Sweep and prediction
+
 
 @pytest.mark.parametrize("k", [1, 3, 6])
 def test_expected_counts_are_those_of_greedy_decoding(checkpoint, k):
@@ -181,20 +213,45 @@ def test_expected_counts_of_even_chances_follow_the_geometric_law():
 
 def test_sampled_chances_are_the_overlap_of_the_distributions(checkpoint):
     model, sampling = load_model(checkpoint("llama2")), Sampling(0.9, top_k=20)
-    decoder, prompt, text = Decoder(model, exit_layer=2, k=2, sampling=sampling, draft_head="full", rows=60), [5, 6, 7], list(range(10, 30))
+    decoder, prompt, text = (
+        Decoder(model, exit_layer=2, k=2, sampling=sampling, draft_head="full", rows=60),
+        [5, 6, 7],
+        list(range(10, 30)),
+    )
     chances = tune.exit_chances(decoder, prompt, text, [2])[2]
     with torch.inference_mode():
         for i in (0, 7, 18):
-            ids = torch.tensor([prompt + text[:i + 1]])
-            p, q = (sampling.distribution(model.logits(model(ids, None, 0, stop)[0, -1])).double() for stop in (2, None))
+            ids = torch.tensor([prompt + text[: i + 1]])
+            p, q = (
+                sampling.distribution(model.logits(model(ids, None, 0, stop)[0, -1])).double() for stop in (2, None)
+            )
             assert chances[i] == pytest.approx(torch.minimum(p, q).sum().item(), abs=1e-5)
 
 
 def run_sweep(checkpoint, prompts, out, *more):
-    sweep.main(["--checkpoint_path", str(checkpoint), "--task", prompts, "--max_new_tokens", "16", "--num_prompts", "2", "--no-compile", "--device", "cpu", "--out", str(out), *more])
+    sweep.main(
+        [
+            "--checkpoint_path",
+            str(checkpoint),
+            "--task",
+            prompts,
+            "--max_new_tokens",
+            "16",
+            "--num_prompts",
+            "2",
+            "--no-compile",
+            "--device",
+            "cpu",
+            "--out",
+            str(out),
+            *more,
+        ]
+    )
 
 
-def test_sweep_goes_on_after_an_interrupt_and_auto_takes_what_it_stored(checkpoint, prompts, tmp_path, monkeypatch, capsys):
+def test_sweep_goes_on_after_an_interrupt_and_auto_takes_what_it_stored(
+    checkpoint, prompts, tmp_path, monkeypatch, capsys
+):
     shutil.copytree(checkpoint("llama2").parent, tmp_path / "c")
     path, out = tmp_path / "c" / "model.pth", tmp_path / "sweep"
     real, done = sweep.measure, []
@@ -209,14 +266,34 @@ def test_sweep_goes_on_after_an_interrupt_and_auto_takes_what_it_stored(checkpoi
     with pytest.raises(KeyboardInterrupt):
         run_sweep(path, prompts, out, "--speculate_k", "1", "3")
     done.pop()  # one more may be measured
-    run_sweep(path, prompts, out, "--speculate_k", "1", "2", "--early_exit", "1")  # of these cells (1, 1) is there already
-    rows = list(csv.DictReader(open(f"{out}.csv")))
-    assert [(r["exit_layer"], r["k"]) for r in rows] == [("1", "1"), ("1", "3"), ("1", "2")] and (tmp_path / "sweep.png").read_bytes().startswith(PNG)
+    run_sweep(
+        path, prompts, out, "--speculate_k", "1", "2", "--early_exit", "1"
+    )  # of these cells (1, 1) is there already
+    rows = list(csv.DictReader(Path(f"{out}.csv").read_text().splitlines()))
+    assert [(r["exit_layer"], r["k"]) for r in rows] == [("1", "1"), ("1", "3"), ("1", "2")] and (
+        tmp_path / "sweep.png"
+    ).read_bytes().startswith(PNG)
 
     settings = dict(tune.key(load_model(path), False, 0.0))
     entry = json.loads((tmp_path / "c" / "model.tune.json").read_text())
     assert len(entry) == 1 and entry[0] == {**settings, "exit_layer": entry[0]["exit_layer"], "k": entry[0]["k"]}
-    command = ["--checkpoint_path", str(path), "--self_speculative", "--early_exit", "auto", "--speculate_k", "auto", "--num_samples", "1", "--max_new_tokens", "8", "--device", "cpu", "--temperature", "0"]
+    command = [
+        "--checkpoint_path",
+        str(path),
+        "--self_speculative",
+        "--early_exit",
+        "auto",
+        "--speculate_k",
+        "auto",
+        "--num_samples",
+        "1",
+        "--max_new_tokens",
+        "8",
+        "--device",
+        "cpu",
+        "--temperature",
+        "0",
+    ]
     tune.store(path, settings, 2, 3)
     capsys.readouterr()
     generate.main(command)
@@ -234,7 +311,10 @@ def test_sweep_goes_on_after_an_interrupt_and_auto_takes_what_it_stored(checkpoi
 @pytest.mark.parametrize("room", [1, 2, 3])
 def test_auto_where_the_prompt_all_but_fills_the_context(checkpoint, room):
     model = load_model(checkpoint("llama2"))
-    build = lambda e, k, rows: Decoder(model, exit_layer=e, k=k, rows=rows) if e else Decoder(model, rows=rows)
+
+    def build(e, k, rows):
+        return Decoder(model, exit_layer=e, k=k, rows=rows) if e else Decoder(model, rows=rows)
+
     prompt = [5] * (model.config.context + 1 - room)
     if room < 3:
         with pytest.raises(InputError, match="leave no room to calibrate in"):
@@ -243,29 +323,67 @@ def test_auto_where_the_prompt_all_but_fills_the_context(checkpoint, room):
         assert tune.calibrate(build, model, prompt)[1] >= 1
 
 
-@pytest.mark.parametrize("seconds,expected", [(lambda e, k: 0.5 + 0.1 * k * e, "--early_exit"), (lambda e, k: 50.0, "plain decoding, which no draft beats")])
+@pytest.mark.parametrize(
+    "seconds,expected",
+    [(lambda e, k: 0.5 + 0.1 * k * e, "--early_exit"), (lambda e, k: 50.0, "plain decoding, which no draft beats")],
+)
 def test_auto_decodes_plainly_where_drafting_costs_too_much(checkpoint, monkeypatch, capsys, seconds, expected):
     monkeypatch.setattr(tune, "round_cost", lambda decoder, *rest: seconds(decoder.exit_layer, decoder.K))
-    generate.main(["--checkpoint_path", str(checkpoint("llama2")), "--self_speculative", "--early_exit", "auto", "--num_samples", "1", "--max_new_tokens", "8", "--device", "cpu"])
+    generate.main(
+        [
+            "--checkpoint_path",
+            str(checkpoint("llama2")),
+            "--self_speculative",
+            "--early_exit",
+            "auto",
+            "--num_samples",
+            "1",
+            "--max_new_tokens",
+            "8",
+            "--device",
+            "cpu",
+        ]
+    )
     assert f"auto: {expected}" in capsys.readouterr().out
 
 
 def test_predict_finds_the_counts_of_every_cell_and_interpolates_the_cost(checkpoint, monkeypatch):
     model, tokens, prompts = load_model(checkpoint("llama3.2")), 24, [[5, 6, 7], [40, 41]]
-    build = lambda e, k, rows: Decoder(model, exit_layer=e, k=k, rows=rows) if e else Decoder(model, rows=rows)
-    monkeypatch.setattr(tune, "round_cost", lambda decoder, *rest: 1 + 0.5 * decoder.K + 0.25 * decoder.exit_layer * decoder.K)
+
+    def build(e, k, rows):
+        return Decoder(model, exit_layer=e, k=k, rows=rows) if e else Decoder(model, rows=rows)
+
+    monkeypatch.setattr(
+        tune, "round_cost", lambda decoder, *rest: 1 + 0.5 * decoder.K + 0.25 * decoder.exit_layer * decoder.K
+    )
     predicted = tune.predict(build, prompts, tokens, [1, 2, 3], [1, 2, 3, 4], [1, 4], repeats=1)
     for (e, k), (gain, counts) in predicted.items():
         decoder, found = build(e, k, 60), [0] * (k + 1)
         for prompt in prompts:
             list(decoder.generate(prompt, tokens))
-            found = [a + b for a, b in zip(found, decoder.stats.accept_counts)]
+            found = [a + b for a, b in zip(found, decoder.stats.accept_counts, strict=False)]
         assert counts == found
         assert gain == pytest.approx(2 * (tokens - 1) / (sum(found) * (1 + 0.5 * k + 0.25 * e * k)))
 
 
 def test_sweep_predicts_the_demo_checkpoint(tmp_path, capsys):
-    common = ["--num_prompts", "1", "--max_new_tokens", "10", "--no-compile", "--device", "cpu", "--no-store", "--out", str(tmp_path / "s"), "--early_exit", "1", "3", "--speculate_k", "2"]
+    common = [
+        "--num_prompts",
+        "1",
+        "--max_new_tokens",
+        "10",
+        "--no-compile",
+        "--device",
+        "cpu",
+        "--no-store",
+        "--out",
+        str(tmp_path / "s"),
+        "--early_exit",
+        "1",
+        "3",
+        "--speculate_k",
+        "2",
+    ]
     sweep.main(common)
     sweep.main([*common, "--predict"])
     out = capsys.readouterr().out
@@ -274,15 +392,18 @@ def test_sweep_predicts_the_demo_checkpoint(tmp_path, capsys):
     assert [json.loads(line)["k"] for line in (tmp_path / "s.predicted.jsonl").read_text().splitlines()] == [2, 2]
 
 
-@pytest.mark.parametrize("more,words", [
-    (["--early_exit", "4"], "--early_exit 4: the model has 4 layers, so 1 to 3 can be drafted with"),
-    (["--early_exit", "0", "1"], "--early_exit 0: the model has 4 layers, so 1 to 3 can be drafted with"),
-    (["--repeats", "0"], "--repeats 0: must be 1 or more"),
-    (["--num_prompts", "0"], "--num_prompts 0: must be 1 or more"),
-    (["--max_new_tokens", "128"], "no prompt leaves room for 128 new tokens in the context of 128"),
-    (["--out", "/nowhere/x"], "--out /nowhere/x.png: can't be written"),
-    (["--task", "nonsense"], "--task nonsense: is neither"),
-])
+@pytest.mark.parametrize(
+    "more,words",
+    [
+        (["--early_exit", "4"], "--early_exit 4: the model has 4 layers, so 1 to 3 can be drafted with"),
+        (["--early_exit", "0", "1"], "--early_exit 0: the model has 4 layers, so 1 to 3 can be drafted with"),
+        (["--repeats", "0"], "--repeats 0: must be 1 or more"),
+        (["--num_prompts", "0"], "--num_prompts 0: must be 1 or more"),
+        (["--max_new_tokens", "128"], "no prompt leaves room for 128 new tokens in the context of 128"),
+        (["--out", "/nowhere/x"], "--out /nowhere/x.png: can't be written"),
+        (["--task", "nonsense"], "--task nonsense: is neither"),
+    ],
+)
 def test_sweep_says_what_is_wrong_in_one_line(checkpoint, prompts, tmp_path, more, words):
     with pytest.raises(InputError) as caught:
         run_sweep(checkpoint("llama2"), prompts, tmp_path / "x", *more)
@@ -291,8 +412,30 @@ def test_sweep_says_what_is_wrong_in_one_line(checkpoint, prompts, tmp_path, mor
 
 # Correctness
 
+
 def run_correctness(checkpoint, prompts, out, *more):
-    correctness.main(["--checkpoint_path", str(checkpoint), "--task", prompts, "--max_new_tokens", "60", "--early_exit", "1", "2", "--speculate_k", "1", "3", "--no-compile", "--device", "cpu", "--out", str(out), *more])
+    correctness.main(
+        [
+            "--checkpoint_path",
+            str(checkpoint),
+            "--task",
+            prompts,
+            "--max_new_tokens",
+            "60",
+            "--early_exit",
+            "1",
+            "2",
+            "--speculate_k",
+            "1",
+            "3",
+            "--no-compile",
+            "--device",
+            "cpu",
+            "--out",
+            str(out),
+            *more,
+        ]
+    )
 
 
 def accept_everything(drafted, draft_probs, logits, u, sampling):
@@ -305,7 +448,9 @@ def test_correctness_passes_on_the_engine_and_fails_on_a_broken_one(checkpoint, 
     run_correctness(checkpoint("llama2"), prompts, tmp_path / "good")
     assert "0 differences" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "good.jsonl").read_text().splitlines()[1:]]
-    assert [(r["exit_layer"], r["k"], r["tokens"], r["different"]) for r in rows] == [(e, k, 180, 0) for e in (1, 2) for k in (1, 3)]
+    assert [(r["exit_layer"], r["k"], r["tokens"], r["different"]) for r in rows] == [
+        (e, k, 180, 0) for e in (1, 2) for k in (1, 3)
+    ]
     monkeypatch.setattr(generate, "accept", accept_everything)
     with pytest.raises(SystemExit, match="NOT what plain decoding writes"):
         run_correctness(checkpoint("llama2"), prompts, tmp_path / "bad")
@@ -332,13 +477,35 @@ def test_a_difference_is_explained_by_rounding_or_not(checkpoint):
         other = (plain[4] + 1) % model.config.vocab_size
         d = correctness.difference(model, lambda: model, prompt, plain, plain[:4] + [other] + plain[5:])
     assert (d["position"], d["plain"], d["speculative"], d["rounding"]) == (4, plain[4], other, 0)
-    assert d["gap"] == pytest.approx((logits[plain[4]] - logits[other]).item(), abs=1e-5) and not correctness.explained(d)
-    assert correctness.explained({**d, "rounding": d["gap"]}) and not correctness.explained({**d, "rounding": 0.4 * d["gap"]})
+    assert d["gap"] == pytest.approx((logits[plain[4]] - logits[other]).item(), abs=1e-5) and not correctness.explained(
+        d
+    )
+    assert correctness.explained({**d, "rounding": d["gap"]}) and not correctness.explained(
+        {**d, "rounding": 0.4 * d["gap"]}
+    )
     assert correctness.difference(model, None, prompt, plain, plain) is None
 
 
 def test_correctness_of_the_demo_checkpoint(tmp_path, capsys):
-    correctness.main(["--num_prompts", "2", "--max_new_tokens", "24", "--early_exit", "3", "--speculate_k", "4", "--no-compile", "--device", "cpu", "--precision", "float32", "--out", str(tmp_path / "c")])
+    correctness.main(
+        [
+            "--num_prompts",
+            "2",
+            "--max_new_tokens",
+            "24",
+            "--early_exit",
+            "3",
+            "--speculate_k",
+            "4",
+            "--no-compile",
+            "--device",
+            "cpu",
+            "--precision",
+            "float32",
+            "--out",
+            str(tmp_path / "c"),
+        ]
+    )
     assert "1 settings, 48 tokens" in capsys.readouterr().out
 
 
@@ -369,12 +536,33 @@ doc_to_target: "{target}"
 def local_tasks(tmp_path_factory):
     """A folder with one task of each kind that the harness asks of a causal model, and its data."""
     folder = tmp_path_factory.mktemp("tasks")
-    data = write_jsonl(folder / "data.jsonl", [dict(question="def f(x): " * (1 + 3 * i), choices=["return x", " value + 1", " * 2"], answer=i % 3) for i in range(7)])
+    data = write_jsonl(
+        folder / "data.jsonl",
+        [
+            dict(question="def f(x): " * (1 + 3 * i), choices=["return x", " value + 1", " * 2"], answer=i % 3)
+            for i in range(7)
+        ],
+    )
     for name, kind, text, target, more in (
-            ("local_choice", "multiple_choice", "{{question}}", "answer", "doc_to_choice: choices\nmetric_list:\n  - metric: acc"),
-            ("local_rolling", "loglikelihood_rolling", "", "{{question}}", "metric_list:\n  - metric: bits_per_byte"),
-            ("local_text", "generate_until", "{{question}}", "{{choices[answer]}}", 'generation_kwargs:\n  until: ["e"]\n  max_gen_toks: 9\nmetric_list:\n  - metric: exact_match')):
-        (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=data, kind=kind, text=text, target=target, more=more))
+        (
+            "local_choice",
+            "multiple_choice",
+            "{{question}}",
+            "answer",
+            "doc_to_choice: choices\nmetric_list:\n  - metric: acc",
+        ),
+        ("local_rolling", "loglikelihood_rolling", "", "{{question}}", "metric_list:\n  - metric: bits_per_byte"),
+        (
+            "local_text",
+            "generate_until",
+            "{{question}}",
+            "{{choices[answer]}}",
+            'generation_kwargs:\n  until: ["e"]\n  max_gen_toks: 9\nmetric_list:\n  - metric: exact_match',
+        ),
+    ):
+        (folder / f"{name}.yaml").write_text(
+            TASK.format(name=name, data=data, kind=kind, text=text, target=target, more=more)
+        )
     return folder
 
 
@@ -382,6 +570,7 @@ def local_tasks(tmp_path_factory):
 def quick_harness(monkeypatch):
     """Without the harness's thousands of own tasks, and its 100,000 resamplings for an error bar."""
     import harness
+
     monkeypatch.setattr(harness, "TaskManager", partial(harness.TaskManager, include_defaults=False))
     monkeypatch.setattr(harness.lm_eval, "simple_evaluate", partial(harness.lm_eval.simple_evaluate, bootstrap_iters=0))
 
@@ -389,13 +578,21 @@ def quick_harness(monkeypatch):
 @pytest.fixture(scope="module")
 def bpe_folder(tmp_path_factory):
     """A tiny random model with a byte-level tokenizer.json that adds BOS, loadable by transformers and converted."""
+    from convert_hf_checkpoint import convert
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
-    from convert_hf_checkpoint import convert
+
     folder = tmp_path_factory.mktemp("bpe")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    backend.train_from_iterator(["def f(x): return value + x * 2"] * 5, trainers.BpeTrainer(vocab_size=300, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    backend.train_from_iterator(
+        ["def f(x): return value + x * 2"] * 5,
+        trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<pad>", "<s>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     model = make_hf_model("llama2", seed=4)
     model.save_pretrained(folder)
@@ -406,19 +603,47 @@ def bpe_folder(tmp_path_factory):
 
 def answers(results):
     """What a model said to every request of the harness, in order: {(task, document, request): answer}."""
-    return {(task, s["doc_id"], i): answer for task, samples in results["samples"].items() for s in samples for i, answer in enumerate(s["resps"])}
+    return {
+        (task, s["doc_id"], i): answer
+        for task, samples in results["samples"].items()
+        for s in samples
+        for i, answer in enumerate(s["resps"])
+    }
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("how", [[], ["--self_speculative", "--early_exit", "2", "--speculate_k", "3"]])
-def test_evaluation_says_what_the_harness_own_backend_says(bpe_folder, local_tasks, tmp_path, quick_harness, batch_size, how):
-    from lm_eval.models.huggingface import HFLM
+def test_evaluation_says_what_the_harness_own_backend_says(
+    bpe_folder, local_tasks, tmp_path, quick_harness, batch_size, how
+):
     from harness import TaskManager, lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     _, path, model, tokenizer = bpe_folder
     names = ["local_choice", "local_rolling", "local_text"]
-    theirs = answers(lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu"), tasks=names, task_manager=TaskManager(include_path=str(local_tasks))))
-    command = ["--checkpoint_path", str(path), "--tasks", *names, "--include_path", str(local_tasks), "--device", "cpu", "--out", str(tmp_path / "e"), "--batch_size", str(batch_size), "--log_samples", *how]
+    theirs = answers(
+        lm_eval.simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu"),
+            tasks=names,
+            task_manager=TaskManager(include_path=str(local_tasks)),
+        )
+    )
+    command = [
+        "--checkpoint_path",
+        str(path),
+        "--tasks",
+        *names,
+        "--include_path",
+        str(local_tasks),
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "e"),
+        "--batch_size",
+        str(batch_size),
+        "--log_samples",
+        *how,
+    ]
     evaluation.main(command)
     ours = answers(json.loads((tmp_path / "e.json").read_text()))
     assert ours.keys() == theirs.keys() and len(ours) == 7 * (3 + 1 + 1)
@@ -430,25 +655,44 @@ def test_evaluation_says_what_the_harness_own_backend_says(bpe_folder, local_tas
             assert mine == pytest.approx(other, abs=1e-4 * 30)  # a sum over some 30 to 300 tokens
         else:
             assert mine[0] == pytest.approx(other[0], abs=1e-4) and mine[1] == other[1]
-    assert {row["task"] for row in csv.DictReader(open(tmp_path / "e.csv"))} == set(names)
+    assert {row["task"] for row in csv.DictReader((tmp_path / "e.csv").read_text().splitlines())} == set(names)
 
 
 def test_log_likelihoods_of_an_exit_are_the_models_cut_there(bpe_folder, local_tasks, tmp_path, quick_harness):
     _, path, *_ = bpe_folder
     model = load_model(path)
-    evaluation.main(["--checkpoint_path", str(path), "--tasks", "local_choice", "--include_path", str(local_tasks), "--device", "cpu", "--out", str(tmp_path / "e"), "--exit_layer", "2", "--log_samples"])
+    evaluation.main(
+        [
+            "--checkpoint_path",
+            str(path),
+            "--tasks",
+            "local_choice",
+            "--include_path",
+            str(local_tasks),
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path / "e"),
+            "--exit_layer",
+            "2",
+            "--log_samples",
+        ]
+    )
     sample = json.loads((tmp_path / "e.json").read_text())["samples"]["local_choice"][2]
     context, continuation = sample["arguments"][0]
     tokenizer = generate.Tokenizer.load(path.parent)
-    before, ids = tokenizer.encode(context.rstrip()), tokenizer.encode(context + continuation)
+    before, ids = (tokenizer.encode(text, special=False) for text in (context.rstrip(), context + continuation))
     with torch.inference_mode():
         logprobs = model.logits(model(torch.tensor([[1] + ids]), None, 0, 2)[0]).log_softmax(-1)
     expected = sum(logprobs[i, ids[i]].item() for i in range(len(before), len(ids)))
     assert float(sample["resps"][0][0][0]) == pytest.approx(expected, abs=1e-4)
 
 
-def test_an_interrupted_evaluation_asks_only_what_is_missing(bpe_folder, local_tasks, tmp_path, quick_harness, monkeypatch):
+def test_an_interrupted_evaluation_asks_only_what_is_missing(
+    bpe_folder, local_tasks, tmp_path, quick_harness, monkeypatch
+):
     import harness
+
     asked, real = [], harness.run_sample
 
     def run_sample(decoder, tokenizer, ids, how):
@@ -458,7 +702,18 @@ def test_an_interrupted_evaluation_asks_only_what_is_missing(bpe_folder, local_t
         return real(decoder, tokenizer, ids, how)
 
     monkeypatch.setattr(harness, "run_sample", run_sample)
-    command = ["--checkpoint_path", str(bpe_folder[1]), "--tasks", "local_text", "--include_path", str(local_tasks), "--device", "cpu", "--out", str(tmp_path / "e")]
+    command = [
+        "--checkpoint_path",
+        str(bpe_folder[1]),
+        "--tasks",
+        "local_text",
+        "--include_path",
+        str(local_tasks),
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "e"),
+    ]
     with pytest.raises(KeyboardInterrupt):
         evaluation.main(command)
     again = []
@@ -470,36 +725,75 @@ def test_an_interrupted_evaluation_asks_only_what_is_missing(bpe_folder, local_t
 def test_evaluation_of_a_text_at_every_exit_of_the_demo_checkpoint(tmp_path, capsys):
     text = (ROOT / "tests" / "conftest.py").read_text()[:2500]
     (tmp_path / "t.py").write_text(text)
-    evaluation.main(["--text", str(tmp_path / "t.py"), "--window", "200", "--device", "cpu", "--precision", "float32", "--out", str(tmp_path / "e"), "--reference", DEMO])
-    rows = list(csv.DictReader(open(tmp_path / "e.text.csv")))
-    assert len(rows) == 12 and float(rows[-1]["agreement"]) == 1 and (tmp_path / "e.text.png").read_bytes().startswith(PNG)
+    evaluation.main(
+        [
+            "--text",
+            str(tmp_path / "t.py"),
+            "--window",
+            "200",
+            "--device",
+            "cpu",
+            "--precision",
+            "float32",
+            "--out",
+            str(tmp_path / "e"),
+            "--reference",
+            DEMO,
+        ]
+    )
+    rows = list(csv.DictReader((tmp_path / "e.text.csv").read_text().splitlines()))
+    assert (
+        len(rows) == 12 and float(rows[-1]["agreement"]) == 1 and (tmp_path / "e.text.png").read_bytes().startswith(PNG)
+    )
     model, tokenizer = generate.load(DEMO, "cpu", "float32")
     ids = torch.tensor(tokenizer.encode(text))
     count = (len(ids) - 1) // 200
     starts = torch.linspace(0, len(ids) - 201, count).long()
     with torch.inference_mode():
-        logits = [model.logits(model(ids[None, s:s + 200], None, 0, 3)[0]).double().log_softmax(-1) for s in starts]
-    losses = torch.cat([-lp.gather(1, ids[s + 1:s + 201, None]) for lp, s in zip(logits, starts)])
-    assert float(rows[2]["loss"]) == pytest.approx(losses.mean().item(), abs=1e-5) and float(rows[2]["perplexity"]) == pytest.approx(math.exp(losses.mean()), rel=1e-5)
-    assert float(rows[2]["bits_per_byte"]) == pytest.approx(losses.mean().item() * (len(ids) - 1) / len(text.encode()) / math.log(2), rel=1e-5)
+        logits = [model.logits(model(ids[None, s : s + 200], None, 0, 3)[0]).double().log_softmax(-1) for s in starts]
+    losses = torch.cat([-lp.gather(1, ids[s + 1 : s + 201, None]) for lp, s in zip(logits, starts, strict=False)])
+    assert float(rows[2]["loss"]) == pytest.approx(losses.mean().item(), abs=1e-5) and float(
+        rows[2]["perplexity"]
+    ) == pytest.approx(math.exp(losses.mean()), rel=1e-5)
+    assert float(rows[2]["bits_per_byte"]) == pytest.approx(
+        losses.mean().item() * (len(ids) - 1) / len(text.encode()) / math.log(2), rel=1e-5
+    )
 
 
-@pytest.mark.parametrize("more,words", [
-    ([], "nothing to do"),
-    (["--tasks", "nonsense"], "--tasks nonsense: not a task of the harness"),
-    (["--tasks", "local_choice", "--exit_layer", "5"], "--exit_layer 5: the model has layers 1 to 4"),
-    (["--tasks", "local_text", "--early_exit", "2"], "--early_exit is for --self_speculative"),
-    (["--tasks", "local_text", "--self_speculative", "--early_exit", "4"], "--early_exit 4: the model has 4 layers"),
-    (["--tasks", "local_text", "--max_gen_toks", "128"], "generates 128 tokens, but the context is 128"),
-    (["--text", "missing.txt"], "--text missing.txt: can't be read"),
-    (["--text", "short.txt"], "more than the window of 128 are needed"),
-    (["--text", "long.txt", "--reference", DEMO], "has another tokenizer"),
-    (["--tasks", "local_text", "--limit", "0"], "--limit 0: must be 1 or more"),
-])
+@pytest.mark.parametrize(
+    "more,words",
+    [
+        ([], "nothing to do"),
+        (["--tasks", "nonsense"], "--tasks nonsense: not a task of the harness"),
+        (["--tasks", "local_choice", "--exit_layer", "5"], "--exit_layer 5: the model has layers 1 to 4"),
+        (["--tasks", "local_text", "--early_exit", "2"], "--early_exit is for --self_speculative"),
+        (
+            ["--tasks", "local_text", "--self_speculative", "--early_exit", "4"],
+            "--early_exit 4: the model has 4 layers",
+        ),
+        (["--tasks", "local_text", "--max_gen_toks", "128"], "generates 128 tokens, but the context is 128"),
+        (["--text", "missing.txt"], "--text missing.txt: can't be read"),
+        (["--text", "short.txt"], "more than the window of 128 are needed"),
+        (["--text", "long.txt", "--reference", DEMO], "has another tokenizer"),
+        (["--tasks", "local_text", "--limit", "0"], "--limit 0: must be 1 or more"),
+    ],
+)
 def test_bad_evaluations_end_in_one_line(bpe_folder, local_tasks, tmp_path, quick_harness, monkeypatch, more, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("def f")
     (tmp_path / "long.txt").write_text("def f(x): return value\n" * 100)
     with pytest.raises(InputError) as caught:
-        evaluation.main(["--checkpoint_path", str(bpe_folder[1]), "--include_path", str(local_tasks), "--device", "cpu", "--out", str(tmp_path / "e"), *more])
+        evaluation.main(
+            [
+                "--checkpoint_path",
+                str(bpe_folder[1]),
+                "--include_path",
+                str(local_tasks),
+                "--device",
+                "cpu",
+                "--out",
+                str(tmp_path / "e"),
+                *more,
+            ]
+        )
     assert words in str(caught.value) and "\n" not in str(caught.value)

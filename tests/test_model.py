@@ -1,14 +1,15 @@
 """The model and the converter against transformers."""
+
 import json
 import shutil
 
 import pytest
 import torch
 from conftest import FAMILY, LLAMA3_ROPE, edit_json
-from safetensors.torch import load_file, save_file
-
 from convert_hf_checkpoint import convert
 from export_hf_checkpoint import export
+from safetensors.torch import load_file, save_file
+
 from checkpoint import load_config, load_model
 from command import InputError
 
@@ -34,6 +35,7 @@ def test_logits_equal_transformers(shape, hf_folder, checkpoint, tokens):
         model.setup_caches(n + 7)
         for layer in model.layers:
             layer.attention.k_cache.fill_(value), layer.attention.v_cache.fill_(value)
+
     with torch.no_grad():
         out = theirs(tokens, output_hidden_states=True)
         exits = [theirs.lm_head(theirs.model.norm(h)) for h in out.hidden_states[1:-1]] + [out.logits]
@@ -44,9 +46,9 @@ def test_logits_equal_transformers(shape, hf_folder, checkpoint, tokens):
         assert_close(model.logits(model(tokens, pos)), out.logits)
         fill_caches(torch.nan)
         for i in range(n):
-            x = tokens[:, i:i + 1]
+            x = tokens[:, i : i + 1]
             for layer in range(model.config.n_layer):
-                x = model(x, pos[i:i + 1], layer, layer + 1)
+                x = model(x, pos[i : i + 1], layer, layer + 1)
                 assert_close(model.logits(x)[0, 0], exits[layer][0, i])
         fill_caches(0)
         x = model(model(tokens[:, :60], None, 0, 3), None, 3)  # fills the caches that the rest attends to
@@ -66,7 +68,7 @@ def test_rows_beyond_the_position_are_hidden(rows, checkpoint, tokens):
         for layer in model.layers:
             layer.attention.k_cache[:, :, 50:] = 1e4
             layer.attention.v_cache[:, :, 50:] = 1e4
-        assert_close(model(tokens[:, 50:50 + rows], pos[50:50 + rows]), expected[:, 50:50 + rows])
+        assert_close(model(tokens[:, 50 : 50 + rows], pos[50 : 50 + rows]), expected[:, 50 : 50 + rows])
 
 
 LAYOUTS = {
@@ -82,8 +84,11 @@ def write_layout(theirs, folder, layout):
     theirs.save_pretrained(folder, **LAYOUTS[layout])
     if "bin" in layout:
         from safetensors.torch import load_file
+
         for file in folder.glob("*.safetensors"):
-            torch.save(load_file(file), folder / file.name.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin"))
+            torch.save(
+                load_file(file), folder / file.name.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
+            )
             file.unlink()
         for index in folder.glob("*.safetensors.index.json"):
             text = index.read_text().replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
@@ -134,6 +139,7 @@ def test_special_tokens_come_from_the_files(hf_folder, checkpoint, tmp_path):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_export_goes_back(shape, hf_folder, checkpoint, tmp_path, tokens):
     from transformers import AutoModelForCausalLM
+
     _, theirs = hf_folder(shape)
     back = AutoModelForCausalLM.from_pretrained(export(checkpoint(shape), tmp_path / "hf"))
     with torch.no_grad():
@@ -206,13 +212,21 @@ def damage(folder, case):
         case "bias tensor" | "integer tensor" | "not a number" | "infinity":
             tensors, name = load_file(weights), "model.layers.1.self_attn.q_proj.weight"
             match case:
-                case "bias tensor": tensors["model.layers.1.self_attn.q_proj.bias"] = torch.zeros(64)
-                case "integer tensor": tensors[name] = tensors[name].to(torch.int8)
-                case "not a number": tensors[name][3, 5] = torch.nan
-                case "infinity": tensors[name][3, 5] = -torch.inf
+                case "bias tensor":
+                    tensors["model.layers.1.self_attn.q_proj.bias"] = torch.zeros(64)
+                case "integer tensor":
+                    tensors[name] = tensors[name].to(torch.int8)
+                case "not a number":
+                    tensors[name][3, 5] = torch.nan
+                case "infinity":
+                    tensors[name][3, 5] = -torch.inf
             save_file(tensors, weights, metadata={"format": "pt"})
-            return {"bias tensor": "q_proj.bias is not part of", "integer tensor": "q_proj.weight is int8", "not a number": "q_proj.weight holds values that are not finite",
-                    "infinity": "q_proj.weight holds values that are not finite"}[case]
+            return {
+                "bias tensor": "q_proj.bias is not part of",
+                "integer tensor": "q_proj.weight is int8",
+                "not a number": "q_proj.weight holds values that are not finite",
+                "infinity": "q_proj.weight holds values that are not finite",
+            }[case]
         case "quantized":
             edit_json(config, quantization_config=dict(quant_method="fp8"))
             return "quantization_config"
@@ -238,11 +252,13 @@ def damage(folder, case):
         case "truncated bin":
             torch.save({"a": torch.zeros(1000)}, folder / "pytorch_model.bin")
             data = (folder / "pytorch_model.bin").read_bytes()
-            (folder / "pytorch_model.bin").write_bytes(data[:len(data) // 2])
+            (folder / "pytorch_model.bin").write_bytes(data[: len(data) // 2])
             weights.unlink()
             return "pytorch_model.bin: truncated"
         case "shard":
-            (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+            (folder / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
+            )
             return "model-00001-of-00002.safetensors: not found"
         case "no tokenizer":
             (folder / "tokenizer.model").unlink()
@@ -255,8 +271,41 @@ def damage(folder, case):
             return "don't belong together"
 
 
-CASES = ["text for a number", "no objects", "odd head", "eos", "architecture", "bias", "rope", "field", "heads", "shape", "layers", "json", "no config", "no weights", "truncated",
-         "truncated bin", "shard", "fewer layers", "too many layers", "bias tensor", "integer tensor", "not a number", "quantized", "tied in words", "eos true", "infinity", "dynamic rope", "rope without its number", "part of a head", "tokenizer class", "no tokenizer", "bad tokenizer", "other tokenizer"]
+CASES = [
+    "text for a number",
+    "no objects",
+    "odd head",
+    "eos",
+    "architecture",
+    "bias",
+    "rope",
+    "field",
+    "heads",
+    "shape",
+    "layers",
+    "json",
+    "no config",
+    "no weights",
+    "truncated",
+    "truncated bin",
+    "shard",
+    "fewer layers",
+    "too many layers",
+    "bias tensor",
+    "integer tensor",
+    "not a number",
+    "quantized",
+    "tied in words",
+    "eos true",
+    "infinity",
+    "dynamic rope",
+    "rope without its number",
+    "part of a head",
+    "tokenizer class",
+    "no tokenizer",
+    "bad tokenizer",
+    "other tokenizer",
+]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -270,19 +319,27 @@ def test_bad_folders_leave_nothing_behind(case, hf_folder, tmp_path):
     assert not list(folder.glob("model.pth*")) and not list(folder.glob("model.json*"))
 
 
-@pytest.mark.parametrize("case", ["missing", "truncated", "no description", "wrong description", "lacks a field", "not json"])
+@pytest.mark.parametrize(
+    "case", ["missing", "truncated", "no description", "wrong description", "lacks a field", "not json"]
+)
 def test_bad_checkpoints(case, checkpoint, tmp_path):
     path = tmp_path / "model.pth"
     shutil.copy(checkpoint("llama2"), path)
     shutil.copy(checkpoint("llama2").with_suffix(".json"), tmp_path)
     description = tmp_path / "model.json"
     match case:
-        case "missing": path.unlink()
-        case "truncated": path.write_bytes(path.read_bytes()[:5000])
-        case "no description": description.unlink()
-        case "wrong description": edit_json(description, dim=32)
-        case "lacks a field": description.write_text(json.dumps({"vocab_size": 3}))
-        case "not json": description.write_text("{")
+        case "missing":
+            path.unlink()
+        case "truncated":
+            path.write_bytes(path.read_bytes()[:5000])
+        case "no description":
+            description.unlink()
+        case "wrong description":
+            edit_json(description, dim=32)
+        case "lacks a field":
+            description.write_text(json.dumps({"vocab_size": 3}))
+        case "not json":
+            description.write_text("{")
     with pytest.raises(InputError) as error:
         load_model(path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
@@ -293,6 +350,8 @@ def test_too_little_memory_is_said_before_it_is_taken(checkpoint, monkeypatch, t
     with pytest.raises(InputError, match=r"a KV cache of 1000000000000 positions needs .* GB, but cpu has only"):
         load_model(path).setup_caches(10**12)
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 8 kB\n")
-    monkeypatch.setattr("builtins.open", lambda *a, real=open: real(tmp_path / "meminfo") if a[0] == "/proc/meminfo" else real(*a))
+    monkeypatch.setattr(
+        "builtins.open", lambda *a, real=open: real(tmp_path / "meminfo") if a[0] == "/proc/meminfo" else real(*a)
+    )
     with pytest.raises(InputError, match=r"model.pth in bfloat16 needs .* GB, but cpu has only 0.00 GB free"):
         load_model(path, dtype=torch.bfloat16)

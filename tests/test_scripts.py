@@ -1,4 +1,5 @@
 """Downloading, preparing and benchmarking, and the command lines of the documents that the project started from."""
+
 import json
 import os
 import shutil
@@ -6,11 +7,11 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import download
 import pytest
 from conftest import ROOT
 from huggingface_hub import errors
 
-import download
 from command import InputError
 
 
@@ -18,49 +19,81 @@ def http_error(kind, status, message="message"):
     return kind(message, response=SimpleNamespace(status_code=status, headers={}, request=None, text="", json=dict))
 
 
-@pytest.mark.parametrize("error,words", [
-    (lambda: http_error(errors.GatedRepoError, 403), "access is gated; accept its licence at https://huggingface.co/a/b"),
-    (lambda: http_error(errors.RepositoryNotFoundError, 404), "no such repository on the hub"),
-    (lambda: http_error(errors.HfHubHTTPError, 401), "the hub refused the token"),
-    (lambda: http_error(errors.HfHubHTTPError, 503), "run the command again to resume"),
-    (lambda: download.HTTPError("no route"), "no route"),
-    (lambda: ConnectionError("broken pipe"), "run the command again to resume"),
-    (lambda: OSError(28, "No space left on device"), "No space left on device"),
-])
+@pytest.mark.parametrize(
+    "error,words",
+    [
+        (
+            lambda: http_error(errors.GatedRepoError, 403),
+            "access is gated; accept its licence at https://huggingface.co/a/b",
+        ),
+        (lambda: http_error(errors.RepositoryNotFoundError, 404), "no such repository on the hub"),
+        (lambda: http_error(errors.HfHubHTTPError, 401), "the hub refused the token"),
+        (lambda: http_error(errors.HfHubHTTPError, 503), "run the command again to resume"),
+        (lambda: download.HTTPError("no route"), "no route"),
+        (lambda: ConnectionError("broken pipe"), "run the command again to resume"),
+        (lambda: OSError(28, "No space left on device"), "No space left on device"),
+    ],
+)
 def test_download_errors_are_one_line(error, words, monkeypatch):
     def fail(*args, **kwargs):
         raise error()
+
     monkeypatch.setattr(download.HfApi, "list_repo_files", fail)
     with pytest.raises(InputError) as caught:
         download.download("a/b")
     assert words in str(caught.value) and str(caught.value).startswith("a/b: ") and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("files,wanted,unwanted", [
-    (["model.safetensors", "pytorch_model.bin"], "model.safetensors", "pytorch_model.bin"),
-    (["pytorch_model-00001-of-00002.bin", "original/x.safetensors"], "pytorch_model-00001-of-00002.bin", "original/x.safetensors"),
-])
+@pytest.mark.parametrize(
+    "files,wanted,unwanted",
+    [
+        (["model.safetensors", "pytorch_model.bin"], "model.safetensors", "pytorch_model.bin"),
+        (
+            ["pytorch_model-00001-of-00002.bin", "original/x.safetensors"],
+            "pytorch_model-00001-of-00002.bin",
+            "original/x.safetensors",
+        ),
+    ],
+)
 def test_download_takes_safetensors_before_pickles(files, wanted, unwanted, monkeypatch):
     from huggingface_hub.utils import filter_repo_objects
+
     seen = {}
     monkeypatch.setattr(download.HfApi, "list_repo_files", lambda self, repo: files)
     monkeypatch.setattr(download, "snapshot_download", lambda repo, **how: seen.update(how))
     assert download.download("a/b") == ROOT / "checkpoints" / "a/b" == seen["local_dir"]
     all_files = [*files, "config.json", "tokenizer.model", "tokenizer.json", "original/tokenizer.model"]
-    taken = set(filter_repo_objects(all_files, allow_patterns=seen["allow_patterns"], ignore_patterns=seen["ignore_patterns"]))
+    taken = set(
+        filter_repo_objects(all_files, allow_patterns=seen["allow_patterns"], ignore_patterns=seen["ignore_patterns"])
+    )
     assert {wanted, "config.json", "tokenizer.model", "tokenizer.json"} <= taken and unwanted not in taken
 
 
 def shell(command, cwd=ROOT, **env):
     path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
-    return subprocess.run(["bash", "-c", command], cwd=cwd, capture_output=True, text=True, env={**os.environ, "VIRTUAL_ENV": "x", "PATH": path, **env})
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "VIRTUAL_ENV": "x", "PATH": path, **env},
+    )
 
 
 def test_the_documented_commands_run_word_for_word(hf_folder, tmp_path):
-    """In a copy of the repository, where checkpoints/facebook/layerskip-llama2-7B is already downloaded (here: tiny)."""
+    """In a copy of the repository, where checkpoints/facebook/layerskip-llama2-7B is there already (here: tiny)."""
     copy = tmp_path / "copy"
     copy.mkdir()
-    for name in ("model.py", "checkpoint.py", "command.py", "quantize.py", "tp.py", "generate.py", "tokenizer.py", "tune.py"):
+    for name in (
+        "model.py",
+        "checkpoint.py",
+        "command.py",
+        "quantize.py",
+        "tp.py",
+        "generate.py",
+        "tokenizer.py",
+        "tune.py",
+    ):
         shutil.copy(ROOT / name, copy)
     shutil.copytree(ROOT / "scripts", copy / "scripts")
     shutil.copytree(ROOT / "kernels", copy / "kernels")
@@ -73,9 +106,11 @@ def test_the_documented_commands_run_word_for_word(hf_folder, tmp_path):
 MODEL_REPO=facebook/layerskip-llama2-7B
 ./scripts/prepare.sh $MODEL_REPO
 python generate.py --compile --checkpoint_path checkpoints/$MODEL_REPO/model.pth --top_k 100 --temperature 0.6
-python generate.py --compile --checkpoint_path checkpoints/$MODEL_REPO/model.pth --top_k 100 --temperature 0.6 --self_speculative --early_exit 3 --speculate_k 3
+python generate.py --compile --checkpoint_path checkpoints/$MODEL_REPO/model.pth --top_k 100 --temperature 0.6 \\
+    --self_speculative --early_exit 3 --speculate_k 3
 rm checkpoints/$MODEL_REPO/model.pth
-torchrun generate.py --model facebook/layerskip-llama2-7B --generation_strategy self_speculative --exit_layer 3 --num_speculations 4
+torchrun generate.py --model facebook/layerskip-llama2-7B \\
+    --generation_strategy self_speculative --exit_layer 3 --num_speculations 4
 """
     result = shell(script, copy)
     assert result.returncode == 0, result.stderr
@@ -83,24 +118,34 @@ torchrun generate.py --model facebook/layerskip-llama2-7B --generation_strategy 
 
 
 def test_prepare_takes_a_local_folder_and_ends_in_one_line_otherwise(hf_folder, tmp_path):
-    shutil.copytree(hf_folder("llama3")[0], tmp_path / "local", ignore=shutil.ignore_patterns("model.pth", "model.json"))
+    shutil.copytree(
+        hf_folder("llama3")[0], tmp_path / "local", ignore=shutil.ignore_patterns("model.pth", "model.json")
+    )
     result = shell(f"scripts/prepare.sh {tmp_path / 'local'}")
     assert result.returncode == 0 and (tmp_path / "local" / "model.pth").is_file()
     (tmp_path / "local" / "config.json").unlink()
     for command in (f"scripts/prepare.sh {tmp_path / 'local'}", "scripts/prepare.sh 'not a/repo name'"):
         result = shell(command)
-        assert result.returncode and "Traceback" not in result.stderr and result.stderr.count("error: ") == 1, result.stderr
+        assert result.returncode and "Traceback" not in result.stderr and result.stderr.count("error: ") == 1, (
+            result.stderr
+        )
 
 
 def test_several_processes_without_torchrun_are_one_line(checkpoint):
     result = shell(f"WORLD_SIZE=2 python generate.py --checkpoint_path {checkpoint('llama2')}")
-    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "is not one of 2 processes that torchrun started" in result.stderr
+    assert (
+        result.returncode == 1
+        and result.stderr.count("\n") == 1
+        and "is not one of 2 processes that torchrun started" in result.stderr
+    )
 
 
 def test_benchmark(checkpoint, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "def f1(x)"}\n{"prompt": "return"}\n')
-    command = (f"python scripts/benchmark.py --checkpoint_path {checkpoint('llama2')} --task {tmp_path}/prompts.jsonl --max_new_tokens 20 --early_exit 1 2 "
-               f"--speculate_k 2 --repeats 2 --no-compile --json {tmp_path}/out.json")
+    command = (
+        f"python scripts/benchmark.py --checkpoint_path {checkpoint('llama2')} --task {tmp_path}/prompts.jsonl "
+        f"--max_new_tokens 20 --early_exit 1 2 --speculate_k 2 --repeats 2 --no-compile --json {tmp_path}/out.json"
+    )
     result = shell(command)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "out.json").read_text())
@@ -115,19 +160,56 @@ def test_benchmark(checkpoint, tmp_path):
 
 def test_benchmark_of_a_shape_reaches_the_acceptance_that_was_asked_for(monkeypatch, capsys):
     import benchmark
+
     monkeypatch.setitem(benchmark.SHAPES, "tiny", (64, 32, 4, 2, 1, 16, 48, 2048, False))
-    monkeypatch.setattr(sys, "argv", "benchmark.py --shape tiny --acceptance 0.6 --early_exit 1 --speculate_k 3 --num_prompts 2 --max_new_tokens 600 --repeats 1 "
-                        "--no-compile --device cpu --pass_rows 3 --json -".split())
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "benchmark.py",
+            "--shape",
+            "tiny",
+            "--acceptance",
+            "0.6",
+            "--early_exit",
+            "1",
+            "--speculate_k",
+            "3",
+            "--num_prompts",
+            "2",
+            "--max_new_tokens",
+            "600",
+            "--repeats",
+            "1",
+            "--no-compile",
+            "--device",
+            "cpu",
+            "--pass_rows",
+            "3",
+            "--json",
+            "-",
+        ],
+    )
     benchmark.main()
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     row = report["table"][1]
     expected = [0.4, 0.6 * 0.4, 0.36 * 0.4, 0.216]  # a chain of independent successes
-    assert row["acceptance_probs"] == pytest.approx(expected, abs=0.08) and row["same_text"] and len(report["pass_seconds"]) == 3
+    assert (
+        row["acceptance_probs"] == pytest.approx(expected, abs=0.08)
+        and row["same_text"]
+        and len(report["pass_seconds"]) == 3
+    )
 
 
 def test_readme_links_lead_somewhere_and_cards_are_filled_in():
     import re
-    for page in (ROOT / "README.md", ROOT / "BENCHMARKS.md", *(ROOT / "docs").glob("*.md"), ROOT / "checkpoints" / "demo" / "README.md"):
+
+    for page in (
+        ROOT / "README.md",
+        ROOT / "BENCHMARKS.md",
+        *(ROOT / "docs").glob("*.md"),
+        ROOT / "checkpoints" / "demo" / "README.md",
+    ):
         text = page.read_text()
         assert not re.search(r"@[A-Z]+@", text)
         for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):

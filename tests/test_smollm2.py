@@ -6,13 +6,13 @@ The model is downloaded once per machine (scripts/smollm2.py); without it and wi
 from types import SimpleNamespace
 
 import pytest
+import smollm2
 import torch
+from convert_hf_checkpoint import convert
 
 import generate
-import smollm2
-from convert_hf_checkpoint import convert
-from generate import Conversation, Decoder, Ending, run_sample
 from command import InputError
+from generate import Conversation, Decoder, Ending, run_sample
 
 NEW_TOKENS = 64
 TEXTS = {
@@ -43,7 +43,10 @@ def model(tmp_path_factory):
     return SimpleNamespace(
         path=convert(folder),
         ours=generate.load(folder / "model.pth", "cpu", "float32"),
-        theirs=(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)),
+        theirs=(
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+            AutoTokenizer.from_pretrained(folder),
+        ),
     )
 
 
@@ -58,9 +61,9 @@ def expected(model):
     for name, ids in prompts.items():
         tokens = torch.tensor([ids])
         how = dict(attention_mask=torch.ones_like(tokens), do_sample=False, pad_token_id=0)
-        new = hf.generate(tokens, max_new_tokens=NEW_TOKENS, **how)[0, len(ids):].tolist()
+        new = hf.generate(tokens, max_new_tokens=NEW_TOKENS, **how)[0, len(ids) :].tolist()
         before, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids, ids + new))
-        found[name] = ids, new, whole[len(before):]
+        found[name] = ids, new, whole[len(before) :]
     return found
 
 
@@ -105,5 +108,8 @@ def test_a_conversation(model):
     ids = their_tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
     tokens = torch.tensor([ids])
     how = dict(attention_mask=torch.ones_like(tokens), do_sample=False, pad_token_id=0)
-    assert conversation.decoder.stats.tokens == hf.generate(tokens, max_new_tokens=NEW_TOKENS, **how)[0, len(ids):].tolist()
+    assert (
+        conversation.decoder.stats.tokens
+        == hf.generate(tokens, max_new_tokens=NEW_TOKENS, **how)[0, len(ids) :].tolist()
+    )
     assert conversation.decoder.stats.prefill_tokens < len(ids) / 2

@@ -1,4 +1,6 @@
-"""Tokenizers of every kind against transformers' AutoTokenizer: ids, text, streamed text, chat, and folders written back."""
+"""Tokenizers of every kind against transformers' AutoTokenizer: ids, text, streamed text, chat, and folders written
+back.
+"""
 
 import base64
 import functools
@@ -11,9 +13,8 @@ from conftest import edit_json
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
-from generate import Text
 from command import InputError
-from tokenizer import Tokenizer
+from tokenizer import Text, Tokenizer
 
 CORPUS = [
     "def f(self, x): return self.value + x\n",
@@ -168,7 +169,16 @@ def truncating(folder):
 
 
 def unigram(folder):
-    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁", -2.0), ("▁the", -3.0), ("▁x", -3.5), ("s", -4.0), ("e", -4.0)]
+    pieces = [
+        ("<unk>", 0.0),
+        ("<s>", 0.0),
+        ("</s>", 0.0),
+        ("▁", -2.0),
+        ("▁the", -3.0),
+        ("▁x", -3.5),
+        ("s", -4.0),
+        ("e", -4.0),
+    ]
     pieces += [(f"<0x{byte:02X}>", -9.0) for byte in range(256)]
     backend = Backend(models.Unigram(pieces, unk_id=0, byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -191,7 +201,9 @@ KINDS = {
         f, dict(split_digits=True, add_dummy_prefix=False, user_defined_symbols="\n"), add_bos_token=True
     ),
     "spm, unigram and NFKC": lambda f: spm(
-        f, dict(model_type="unigram", normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True), add_bos_token=True
+        f,
+        dict(model_type="unigram", normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True),
+        add_bos_token=True,
     ),
     "spm, no bytes": lambda f: spm(f, dict(byte_fallback=False), **LLAMA, add_bos_token=True),
     "spm, added tokens in files": spm_added,
@@ -204,8 +216,12 @@ KINDS = {
     "CodeLlama's json": lambda f: spm_json(f, normalizer=False, **{**LLAMA, "tokenizer_class": "CodeLlamaTokenizer"}),
     "bytes": lambda f: byte_level(f, **FAST),
     "bytes, Llama 3's cuts": lambda f: byte_level(f, pre_tokenizer=llama3_split(), **FAST),
-    "bytes, wrongly called Llama": lambda f: byte_level(f, pre_tokenizer=llama3_split(), tokenizer_class="LlamaTokenizerFast"),
-    "bytes, GPT-2's class": lambda f: byte_level(f, bos=False, pre_tokenizer=digits_first(), tokenizer_class="GPT2Tokenizer"),
+    "bytes, wrongly called Llama": lambda f: byte_level(
+        f, pre_tokenizer=llama3_split(), tokenizer_class="LlamaTokenizerFast"
+    ),
+    "bytes, GPT-2's class": lambda f: byte_level(
+        f, bos=False, pre_tokenizer=digits_first(), tokenizer_class="GPT2Tokenizer"
+    ),
     "bytes, GPT-NeoX's class": lambda f: byte_level(f, tokenizer_class="GPTNeoXTokenizerFast"),
     "bytes, Qwen 2's class": lambda f: byte_level(f, bos=False, tokenizer_class="Qwen2Tokenizer"),
     "bytes, added tokens": lambda f: byte_level(f, added=TOOLS, **FAST),
@@ -267,7 +283,7 @@ def test_streamed_pieces_join_to_the_whole_text(kind, pair, tmp_path):
         cut = len(ids) // 3
         text = Text(tokenizer, ids[:cut])
         pieces = [text.push(id) for id in ids[cut:]] + [text.flush()]
-        assert "".join(pieces) == tokenizer.decode(ids)[len(tokenizer.decode(ids[:cut])):], ids
+        assert "".join(pieces) == tokenizer.decode(ids)[len(tokenizer.decode(ids[:cut])) :], ids
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -288,7 +304,11 @@ def test_a_saved_tokenizer_reads_the_same_here_and_in_transformers(kind, pair, t
 
 TALKS = [
     [dict(role="user", content="hi")],
-    [dict(role="system", content=" be brief "), dict(role="user", content="hi"), dict(role="assistant", content="yes?")],
+    [
+        dict(role="system", content=" be brief "),
+        dict(role="user", content="hi"),
+        dict(role="assistant", content="yes?"),
+    ],
 ]
 
 
@@ -301,7 +321,8 @@ def test_chats_are_rendered_as_transformers_does(kind, pair):
 
 
 TEMPLATES = {
-    "loops": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ loop.index0 }}{{ m.content }}{% endfor %}",
+    "loops": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}"
+    "{{ loop.index0 }}{{ m.content }}{% endfor %}",
     "json": "{{ messages | tojson }} {{ messages[0] | tojson(indent=2) }} {{ '<é>' | tojson }}",
     "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
     "whitespace": "  {% if true %}\n  a\n  {%- endif %}\n{{ eos_token }}\n",
@@ -369,9 +390,8 @@ def test_which_tokenizers_can_draft_for_each_other(pair):
 
 
 def test_the_demos_tokenizer_reads_as_sentencepiece_itself():
-    from sentencepiece import SentencePieceProcessor
-
     from conftest import ROOT
+    from sentencepiece import SentencePieceProcessor
 
     folder = ROOT / "checkpoints" / "demo"
     ours, theirs = Tokenizer.load(folder), SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))

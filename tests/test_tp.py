@@ -1,7 +1,10 @@
-"""Tensor parallelism in real processes that talk over gloo: the same logits and tokens as one process, and all of them end together.
+"""Tensor parallelism in real processes that talk over gloo: the same logits and tokens as one process, and all of
+them end together.
 
-This file is also what the processes run: each world of 2 or 4 is started once, and its ranks leave what they found in files.
+This file is also what the processes run: each world of 2 or 4 is started once, and its ranks leave what they found in
+files.
 """
+
 import contextlib
 import io
 import json
@@ -21,17 +24,27 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import generate
 import kernels
 import tp
-from generate import Decoder, Sampling
 from checkpoint import load_model, save_checkpoint
 from command import InputError
+from generate import Decoder, Sampling
 from model import ModelConfig
 
 SHAPES = ["llama2", "codellama", "llama3", "llama3.2", "uneven", "tiny"]
 WORLDS = [2, 4]
-MAIN = {"auto": ["--self_speculative", "--early_exit", "2", "--speculate_k", "auto"], "stop": ["--stop", "e", "3"], "bad exit": ["--self_speculative", "--early_exit", "9"]}
+MAIN = {
+    "auto": ["--self_speculative", "--early_exit", "2", "--speculate_k", "auto"],
+    "stop": ["--stop", "e", "3"],
+    "bad exit": ["--self_speculative", "--early_exit", "9"],
+}
 PROMPT = [1, 17, 60, 33, 25, 8]
-GRID = {"plain": {}, "E=1 K=3": dict(exit_layer=1, k=3), "draft model": dict(draft_model=True, k=3), "E=2 K=1": dict(exit_layer=2, k=1),
-        "E=3 K=2": dict(exit_layer=3, k=2, draft_head="full"), "E=1 K=6": dict(exit_layer=1, k=6)}
+GRID = {
+    "plain": {},
+    "E=1 K=3": dict(exit_layer=1, k=3),
+    "draft model": dict(draft_model=True, k=3),
+    "E=2 K=1": dict(exit_layer=2, k=1),
+    "E=3 K=2": dict(exit_layer=3, k=2, draft_head="full"),
+    "E=1 K=6": dict(exit_layer=1, k=6),
+}
 SAMPLED = {"plain": {}, "self-speculative": dict(exit_layer=2, k=3), "draft model": dict(draft_model=True, k=2)}
 
 
@@ -86,7 +99,10 @@ class Counting(TorchDispatchMode):
 def worker(folder):
     """One rank: everything that the tests below look at, into folder/RANK.pt."""
     shard = tp.start()
-    load = lambda name, **how: load_model(folder / name / "model.pth", shard=shard, **how)
+
+    def load(name, **how):
+        return load_model(folder / name / "model.pth", shard=shard, **how)
+
     found = everything(load, [*SHAPES, "int8", "int4"])
     model = load("llama3")
     found["seedless"] = decode(model, None, sampling=Sampling(1.0))
@@ -98,20 +114,40 @@ def worker(folder):
     kernels.enabled = True
     if shard.size == 2:  # what takes a while
         small = Decoder(load("small"), exit_layer=1, k=2, sampling=Sampling(1.2, top_k=8), seed=0, rows=8)
-        found["counts"] = torch.bincount(torch.tensor([list(small.generate([3, 4, 5], 2)) for _ in range(400)]) @ torch.tensor([12, 1]), minlength=144)
+        found["counts"] = torch.bincount(
+            torch.tensor([list(small.generate([3, 4, 5], 2)) for _ in range(400)]) @ torch.tensor([12, 1]),
+            minlength=144,
+        )
         found["compiled"] = decode(model, None, exit_layer=2, k=2, compile=True, compile_prefill=True)
-    status = lambda key: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-    open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
+
+    def status(key):
+        return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = status("VmRSS")
     large = load("large", dtype=torch.bfloat16)
     found["memory"] = status("VmHWM") - before, status("VmRSS") - before
     found["bytes"] = {name: t.nbytes for name, t in large.state_dict().items()}
     path = str(folder / "llama3" / "model.pth")
-    for name, args in list(MAIN.items())[shard.size // 4:]:  # auto takes a while
+    for name, args in list(MAIN.items())[shard.size // 4 :]:  # auto takes a while
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
             try:
-                generate.main(["--checkpoint_path", path, "--prompt", "def", "--num_samples", "1", "--max_new_tokens", "12", "--json", "-", *args])
+                generate.main(
+                    [
+                        "--checkpoint_path",
+                        path,
+                        "--prompt",
+                        "def",
+                        "--num_samples",
+                        "1",
+                        "--max_new_tokens",
+                        "12",
+                        "--json",
+                        "-",
+                        *args,
+                    ]
+                )
             except InputError as error:
                 print(error)
         found["main", name] = output.getvalue()
@@ -120,8 +156,15 @@ def worker(folder):
 
 def torchrun(n, *command, threads=1, **how):
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *map(str, command)], env=env,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *map(str, command)],
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **how,
+    )
 
 
 if __name__ == "__main__":
@@ -137,17 +180,26 @@ def folder(tmp_path_factory, checkpoint):
     """A folder of checkpoints: name/model.pth."""
     from benchmark import random_model
     from convert_hf_checkpoint import convert
+
     from quantize import quantize_checkpoint
+
     folder = tmp_path_factory.mktemp("tp")
     for name in SHAPES[:4]:
         (folder / name).symlink_to(checkpoint(name).parent)
     # 11 groups of 32: on 4 processes 2, 3, 3 and 3 of them. The float width of 98 is 24, 25, 24 and 25.
-    for name, how in {"uneven": dict(shape="codellama", intermediate_size=98), "draft": dict(shape="llama3", head_dim=32, intermediate_size=352)}.items():
+    for name, how in {
+        "uneven": dict(shape="codellama", intermediate_size=98),
+        "draft": dict(shape="llama3", head_dim=32, intermediate_size=352),
+    }.items():
         (folder / name).mkdir()
         make_hf_model(**how).save_pretrained(folder / name)
         write_tokenizer(folder / name)
         convert(folder / name)
-    models = {"tiny": tiny_model(), "small": tiny_model(vocab=12, n_layer=2), "large": random_model("100M", "int8", 6, 128, "cpu", torch.bfloat16)}
+    models = {
+        "tiny": tiny_model(),
+        "small": tiny_model(vocab=12, n_layer=2),
+        "large": random_model("100M", "int8", 6, 128, "cpu", torch.bfloat16),
+    }
     for name, model in models.items():
         (folder / name).mkdir()
         save_checkpoint(folder / name / "model.pth", dict(model.state_dict()), model.config)
@@ -176,7 +228,13 @@ def test_logits_equal_those_of_one_process(world, one):
     assert len(names) == 16
     for name in names:
         assert all(torch.equal(rank[name], world[0][name]) for rank in world)
-        torch.testing.assert_close(world[0][name], one[name], atol=1e-5 * one[name].abs().max().item(), rtol=0, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(
+            world[0][name],
+            one[name],
+            atol=1e-5 * one[name].abs().max().item(),
+            rtol=0,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 def test_greedy_tokens_equal_those_of_one_process(world, one):
@@ -185,12 +243,16 @@ def test_greedy_tokens_equal_those_of_one_process(world, one):
     for name in names:
         assert all(rank[name] == one[name] for rank in world), name
         assert one[name][0] == one[name[0], "plain"][0]
-    assert 0 < sum(one["tiny", "E=1 K=3"][1][1:]) and 0 < sum(one["tiny", "E=1 K=3"][1][:-1])  # drafts were sometimes right, sometimes wrong
+    assert (
+        sum(one["tiny", "E=1 K=3"][1][1:]) > 0 and sum(one["tiny", "E=1 K=3"][1][:-1]) > 0
+    )  # drafts were sometimes right, sometimes wrong
 
 
 def test_sampled_tokens_are_everyones(world, one, folder):
     for name in SAMPLED:
-        assert all(rank["sampled", name] == one["sampled", name] for rank in world), name  # the same seed, the same text
+        assert all(rank["sampled", name] == one["sampled", name] for rank in world), (
+            name
+        )  # the same seed, the same text
     assert len({tuple(rank["seedless"][0]) for rank in world}) == 1
 
 
@@ -199,7 +261,10 @@ def test_sampled_tokens_have_the_models_distribution(world, folder):
         return
     assert torch.equal(world[0]["counts"], world[1]["counts"])
     model = load_model(folder / "small" / "model.pth").double()
-    row = lambda ids: reference_distribution(model.logits(model(torch.tensor([ids])))[0, -1], 1.2, 8, 1.0).double()
+
+    def row(ids):
+        return reference_distribution(model.logits(model(torch.tensor([ids])))[0, -1], 1.2, 8, 1.0).double()
+
     joint = torch.stack([pa * row([3, 4, 5, a]) for a, pa in enumerate(row([3, 4, 5]))])
     assert chi_square(world[0]["counts"], joint.flatten()) > 1e-3
 
@@ -218,7 +283,9 @@ def test_a_rank_holds_and_reads_its_part_only(world, folder):
     whole = load_model(folder / "large" / "model.pth", dtype=torch.bfloat16).state_dict()
     replicated = sum(t.nbytes for name, t in whole.items() if "embed" in name or "norm" in name)
     split = sum(t.nbytes for t in whole.values()) - replicated
-    rows = sum(t.nbytes for name, t in whole.items() if name.endswith(("wo.scale", "w2.scale")))  # scales of a row that all have parts of
+    rows = sum(
+        t.nbytes for name, t in whole.items() if name.endswith(("wo.scale", "w2.scale"))
+    )  # scales of a row that all have parts of
     for rank in world:
         assert sum(rank["bytes"].values()) == pytest.approx(replicated + rows + (split - rows) / len(world), rel=0.001)
         peak, after = rank["memory"]
@@ -230,10 +297,15 @@ def test_a_rank_holds_and_reads_its_part_only(world, folder):
 
 def test_the_command_line_in_a_world(world):
     for rank in world:
-        for name in list(MAIN)[len(world) // 4:-1]:
+        for name in list(MAIN)[len(world) // 4 : -1]:
             report, first = (json.loads(r["main", name].splitlines()[-1]) for r in (rank, world[0]))
-            assert report["samples"][0]["tokens"] == first["samples"][0]["tokens"] and report["settings"]["processes"] == len(world)
-            assert report["settings"]["exit_layer"] == first["settings"]["exit_layer"] and report["memory_gb"] == first["memory_gb"]
+            assert report["samples"][0]["tokens"] == first["samples"][0]["tokens"] and report["settings"][
+                "processes"
+            ] == len(world)
+            assert (
+                report["settings"]["exit_layer"] == first["settings"]["exit_layer"]
+                and report["memory_gb"] == first["memory_gb"]
+            )
         assert "--early_exit 9" in rank["main", "bad exit"] and rank["main", "bad exit"].count("\n") == 1
 
 
@@ -243,20 +315,56 @@ def settle(process, timeout=100, **how):
 
 
 def test_torchrun_prints_once(folder, tmp_path):
-    args = [ROOT / "generate.py", "--checkpoint_path", folder / "llama3" / "model.pth", "--prompt", "def", "--num_samples", "2", "--max_new_tokens", "20", "--temperature", "0.9",
-            "--self_speculative", "--early_exit", "2", "--json", "-", "--profile", tmp_path / "trace.json"]
-    code, output, errors = settle(torchrun(2, *args, threads=2))  # in a team of threads one of them talks to the other processes
+    args = [
+        ROOT / "generate.py",
+        "--checkpoint_path",
+        folder / "llama3" / "model.pth",
+        "--prompt",
+        "def",
+        "--num_samples",
+        "2",
+        "--max_new_tokens",
+        "20",
+        "--temperature",
+        "0.9",
+        "--self_speculative",
+        "--early_exit",
+        "2",
+        "--json",
+        "-",
+        "--profile",
+        tmp_path / "trace.json",
+    ]
+    code, output, errors = settle(
+        torchrun(2, *args, threads=2)
+    )  # in a team of threads one of them talks to the other processes
     assert code == 0 and not errors and output.count("Average tokens/sec") == output.count('"samples"') == 1
     single = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True)
     ours, theirs = (json.loads(text.splitlines()[-1])["samples"] for text in (output, single.stdout))
-    assert [s["tokens"] for s in ours] == [s["tokens"] for s in theirs] and "traceEvents" in json.loads((tmp_path / "trace.json").read_text())
+    assert [s["tokens"] for s in ours] == [s["tokens"] for s in theirs] and "traceEvents" in json.loads(
+        (tmp_path / "trace.json").read_text()
+    )
     assert "GB/s of weights by each process" in output and "by each process at most" in output
 
 
 def test_interactive(folder):
-    process = torchrun(2, ROOT / "generate.py", "--checkpoint_path", folder / "llama3" / "model.pth", "--interactive", "--self_speculative", "--max_new_tokens", "8")
+    process = torchrun(
+        2,
+        ROOT / "generate.py",
+        "--checkpoint_path",
+        folder / "llama3" / "model.pth",
+        "--interactive",
+        "--self_speculative",
+        "--max_new_tokens",
+        "8",
+    )
     code, output, errors = settle(process, input="def f1\n" + "x" * 2000 + "\nreturn\n")
-    assert code == 0 and not errors and output.count("tokens/sec") + output.count("no decoding step") == 2 and output.count("there is room for 128") == 1
+    assert (
+        code == 0
+        and not errors
+        and output.count("tokens/sec") + output.count("no decoding step") == 2
+        and output.count("there is room for 128") == 1
+    )
 
 
 def ranks(process):
@@ -274,7 +382,16 @@ def ranks(process):
 @pytest.mark.parametrize("killed,interactive", [(0, False), (1, False), (0, True), (1, True)])
 def test_a_killed_rank_ends_all(killed, interactive, folder):
     args = ["--interactive"] if interactive else ["--num_samples", "100000"]
-    process = torchrun(2, ROOT / "generate.py", "--checkpoint_path", folder / "llama3" / "model.pth", "--prompt", "def", *args, threads=2)
+    process = torchrun(
+        2,
+        ROOT / "generate.py",
+        "--checkpoint_path",
+        folder / "llama3" / "model.pth",
+        "--prompt",
+        "def",
+        *args,
+        threads=2,
+    )
     try:
         for line in process.stdout:
             if line.startswith(("Time for inference 1", "Type a prompt")):
@@ -284,7 +401,9 @@ def test_a_killed_rank_ends_all(killed, interactive, folder):
         os.kill(everyone[killed], signal.SIGKILL)
         code, _, errors = settle(process, 30)
         assert code and time.monotonic() - began < 30
-        assert len(errors) == 1 and ("lost contact with another process" in errors[0] or "another process failed or was killed" in errors[0]), errors
+        assert len(errors) == 1 and (
+            "lost contact with another process" in errors[0] or "another process failed or was killed" in errors[0]
+        ), errors
         assert not any(Path(f"/proc/{pid}").exists() for pid in everyone.values())
     finally:
         process.kill()
@@ -297,26 +416,51 @@ def test_bad_input_ends_all_in_one_line(folder):
 
 def test_an_error_of_one_rank_is_everyones(folder):
     """Here: rank 1 alone finds no checkpoint."""
-    code, _, errors = settle(torchrun(2, "--no-python", "bash", "-c", f"exec {sys.executable} {ROOT}/generate.py --checkpoint_path {folder}/$([ $RANK = 0 ] && echo llama3 || echo none)/model.pth"))
+    code, _, errors = settle(
+        torchrun(
+            2,
+            "--no-python",
+            "bash",
+            "-c",
+            f"exec {sys.executable} {ROOT}/generate.py "
+            f"--checkpoint_path {folder}/$([ $RANK = 0 ] && echo llama3 || echo none)/model.pth",
+        )
+    )
     assert code == 1 and len(errors) == 1 and "none/model.pth: not found" in errors[0]
 
 
-@pytest.mark.parametrize("name,size,words", [
-    ("llama3", 3, "4 query and 2 key/value heads can't be split over 3 processes"),
-    ("llama3", 8, "4 query and 2 key/value heads can't be split over 8 processes"),
-    ("vocabulary", 2, "a vocabulary of 333 can't be split over 2 processes"), ("narrow", 4, "a feed-forward width of 96 in units of 32 can't be split over 4 processes"),
-    ("groups", 4, "groups of 64 can't be split over 4 processes, which have 32 columns of wo each: quantize with --groupsize 32"),
-    ("heads", 4, "which have 24 columns of wo each: quantize with --mode int8"),
-])
+@pytest.mark.parametrize(
+    "name,size,words",
+    [
+        ("llama3", 3, "4 query and 2 key/value heads can't be split over 3 processes"),
+        ("llama3", 8, "4 query and 2 key/value heads can't be split over 8 processes"),
+        ("vocabulary", 2, "a vocabulary of 333 can't be split over 2 processes"),
+        ("narrow", 4, "a feed-forward width of 96 in units of 32 can't be split over 4 processes"),
+        (
+            "groups",
+            4,
+            "groups of 64 can't be split over 4 processes, which have 32 columns of wo each: "
+            "quantize with --groupsize 32",
+        ),
+        ("heads", 4, "which have 24 columns of wo each: quantize with --mode int8"),
+    ],
+)
 def test_what_does_not_divide_is_one_line(name, size, words, folder, tmp_path):
-    config = ModelConfig(vocab_size=48, dim=64, n_layer=1, n_head=4, n_kv_head=2, head_dim=32, intermediate_size=128, context=64)
-    configs = {"vocabulary": dict(vocab_size=333), "narrow": dict(intermediate_size=96, quantization="int4", groupsize=32), "groups": dict(quantization="int4", groupsize=64),
-               "heads": dict(head_dim=24, quantization="int4", groupsize=32)}
+    config = ModelConfig(
+        vocab_size=48, dim=64, n_layer=1, n_head=4, n_kv_head=2, head_dim=32, intermediate_size=128, context=64
+    )
+    configs = {
+        "vocabulary": dict(vocab_size=333),
+        "narrow": dict(intermediate_size=96, quantization="int4", groupsize=32),
+        "groups": dict(quantization="int4", groupsize=64),
+        "heads": dict(head_dim=24, quantization="int4", groupsize=32),
+    }
     path = folder / name / "model.pth"
     if name in configs:
         from dataclasses import replace
 
         from model import Transformer
+
         config, path = replace(config, **configs[name]), tmp_path / "model.pth"
         save_checkpoint(path, dict(Transformer(config).state_dict()), config)
     with pytest.raises(InputError) as error:

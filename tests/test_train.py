@@ -1,4 +1,5 @@
 """The LayerSkip recipe against values worked out by hand; and training runs that learn, stop, and resume exactly."""
+
 import json
 import math
 import os
@@ -8,14 +9,38 @@ import sys
 
 import pytest
 import torch
+import train
 from conftest import ROOT
 
-import train
 from checkpoint import load_model
 from command import InputError
 
-TINY = ["--n_layer", "4", "--dim", "32", "--n_head", "2", "--intermediate_size", "48", "--context", "32", "--batch_size", "4", "--vocab_size", "300",
-        "--warmup", "2", "--device", "cpu", "--precision", "float32", "--save_precision", "float32", "--val_fraction", "0.2"]
+TINY = [
+    "--n_layer",
+    "4",
+    "--dim",
+    "32",
+    "--n_head",
+    "2",
+    "--intermediate_size",
+    "48",
+    "--context",
+    "32",
+    "--batch_size",
+    "4",
+    "--vocab_size",
+    "300",
+    "--warmup",
+    "2",
+    "--device",
+    "cpu",
+    "--precision",
+    "float32",
+    "--save_precision",
+    "float32",
+    "--val_fraction",
+    "0.2",
+]
 
 
 @pytest.fixture
@@ -23,22 +48,32 @@ def data(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     for i in range(30):
-        (folder / f"file{i}.py").write_text("".join(f"def add_{i}_{j}(x):\n    return x + {j * i}\n\n" for j in range(20)))
+        (folder / f"file{i}.py").write_text(
+            "".join(f"def add_{i}_{j}(x):\n    return x + {j * i}\n\n" for j in range(20))
+        )
     (folder / "binary.py").write_bytes(b"\xff\xfe\x00")
     (folder / "notes.txt").write_text("not wanted")
     return folder
 
 
 def run(data, out, *args):
-    return train.train(train.parse_args(["--data", str(data), "--include", "*.py", "--out", str(out), *TINY, *map(str, args)]))
+    return train.train(
+        train.parse_args(["--data", str(data), "--include", "*.py", "--out", str(out), *TINY, *map(str, args)])
+    )
 
 
 def test_dropout_probabilities():
-    """p(l, t) = S(t) D(l) p_max, with D = 0, 2^(1/2) - 1, 1 over three layers, and S = 0, 2^(1/4) - 1, ..., 1 over five steps."""
+    """p(l, t) = S(t) D(l) p_max, with D = 0, 2^(1/2) - 1, 1 over three layers, and S = 0, 2^(1/4) - 1, ..., 1 over
+    five steps.
+    """
     root = math.sqrt(2)
-    torch.testing.assert_close(train.dropout_probabilities(3, 0, 5, 0.1, False), torch.tensor([0, 0.1 * (root - 1), 0.1]))
+    torch.testing.assert_close(
+        train.dropout_probabilities(3, 0, 5, 0.1, False), torch.tensor([0, 0.1 * (root - 1), 0.1])
+    )
     torch.testing.assert_close(train.dropout_probabilities(3, 0, 5, 0.1, True), torch.zeros(3))
-    torch.testing.assert_close(train.dropout_probabilities(3, 2, 5, 0.2, True), 0.2 * (root - 1) * torch.tensor([0, root - 1, 1]))
+    torch.testing.assert_close(
+        train.dropout_probabilities(3, 2, 5, 0.2, True), 0.2 * (root - 1) * torch.tensor([0, root - 1, 1])
+    )
     torch.testing.assert_close(train.dropout_probabilities(3, 4, 5, 0.2, True), 0.2 * torch.tensor([0, root - 1, 1]))
 
 
@@ -47,7 +82,9 @@ def test_exit_weights():
     every = torch.ones(4, dtype=torch.bool)
     torch.testing.assert_close(train.exit_weights(every, 1.0), torch.tensor([0, 1, 3, 6]) / 10)
     torch.testing.assert_close(train.exit_weights(every, 0.2), torch.tensor([0, 0.2, 0.6, 3.6]) / 4.4)
-    torch.testing.assert_close(train.exit_weights(torch.tensor([True, True, False, True]), 0.5), torch.tensor([0, 0.5, 0, 4.5]) / 5)
+    torch.testing.assert_close(
+        train.exit_weights(torch.tensor([True, True, False, True]), 0.5), torch.tensor([0, 0.5, 0, 4.5]) / 5
+    )
     torch.testing.assert_close(train.exit_weights(every, 0.5, 0.0), torch.tensor([0.5, 0.5, 0.5, 1]) / 2.5)
     torch.testing.assert_close(train.exit_weights(every, 2.0, -1.0), torch.tensor([2, 1, 2 / 3, 1]) / (14 / 3))
 
@@ -55,19 +92,24 @@ def test_exit_weights():
 def test_curricula():
     rotational = [train.enabled_exits(6, step, 100, "rotational", 3).nonzero().flatten().tolist() for step in range(4)]
     assert rotational == [[0, 3, 5], [1, 4, 5], [2, 5], [0, 3, 5]]
-    gradual = [train.enabled_exits(4, step, 16, "gradual", 0).nonzero().flatten().tolist() for step in range(9)]  # one more every 2 steps
+    gradual = [
+        train.enabled_exits(4, step, 16, "gradual", 0).nonzero().flatten().tolist() for step in range(9)
+    ]  # one more every 2 steps
     assert gradual == [[3], [3], [2, 3], [2, 3], [1, 2, 3], [1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
 
 
 def make_objective(layers=3):
     from test_generate import tiny_model
+
     model = tiny_model(n_layer=layers).requires_grad_(True).train()
     tokens = torch.randint(0, 64, (4, 9), generator=torch.Generator().manual_seed(0))
     return train.LayerSkipLoss(model), tokens[:, :-1], tokens[:, 1:]
 
 
 def test_loss_is_the_weighted_sum_over_exits_of_kept_layers():
-    """Against the definition: one sequence at a time, skipping what is dropped; a layer that all drop is not computed."""
+    """Against the definition: one sequence at a time, skipping what is dropped; a layer that all drop is not
+    computed.
+    """
     objective, tokens, targets = make_objective()
     model, calls = objective.model, [0, 0, 0]
     keep = torch.tensor([[True, True, True, True], [True, False, True, False], [False, False, False, False]])
@@ -78,10 +120,10 @@ def test_loss_is_the_weighted_sum_over_exits_of_kept_layers():
     assert calls == [1, 1, 0] and losses[1].isnan()
     expected = 0
     for b in range(4):
-        x = model.embed(tokens[b:b + 1])
-        for i, layer in enumerate(model.layers):
+        x = model.embed(tokens[b : b + 1])
+        for i in range(len(model.layers)):
             if keep[i, b]:
-                x = model(x, None, i, i + 1) if i else model(tokens[b:b + 1], None, 0, 1)
+                x = model(x, None, i, i + 1) if i else model(tokens[b : b + 1], None, 0, 1)
             logp = model.logits(x)[0].double().log_softmax(-1)
             expected += weights[i].item() * -logp.gather(1, targets[b, :, None]).mean() / 4
     torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-6)
@@ -101,7 +143,7 @@ def test_a_tiny_run_learns_and_its_checkpoint_loads(optimizer, data, tmp_path, c
     tokenizer = train.Tokenizer.load(tmp_path / "out")
     ids = train.encode_documents([d for d in documents if train.is_held_out(d[0], 0.2)], tokenizer)
     count = (len(ids) - 1) // 32
-    batch = torch.stack([ids[s:s + 33] for s in torch.linspace(0, len(ids) - 33, count).long().tolist()]).long()
+    batch = torch.stack([ids[s : s + 33] for s in torch.linspace(0, len(ids) - 33, count).long().tolist()]).long()
     logp = model.double().logits(model(batch[:, :-1])).log_softmax(-1)
     assert -logp.gather(2, batch[:, 1:, None]).mean().item() == pytest.approx(record["val_loss"][-1], rel=1e-4)
     assert not (tmp_path / "out" / "train_state.pth").exists()
@@ -123,6 +165,7 @@ def interrupt_after(step, monkeypatch):
         if len(seen) == step:
             os.kill(os.getpid(), signal.SIGINT)
         return original(*args)
+
     monkeypatch.setattr(train, "enabled_exits", counting)
 
 
@@ -133,7 +176,10 @@ def test_muon_equals_pytorchs():
         ours = torch.nn.Parameter(torch.randn(shape) / 10)
         theirs = torch.nn.Parameter(ours.detach().clone())
         first = ours.detach().clone()
-        optimizers = train.Muon([ours], 3e-3, 0.1), torch.optim.Muon([theirs], lr=3e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        optimizers = (
+            train.Muon([ours], 3e-3, 0.1),
+            torch.optim.Muon([theirs], lr=3e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        )
         for _ in range(5):
             ours.grad = torch.randn(shape)
             theirs.grad = ours.grad.clone()
@@ -152,11 +198,30 @@ def test_a_model_grows_from_a_trained_one(data, tmp_path):
         first, second, third, fourth = small.layers
         small.layers = torch.nn.ModuleList([second, first, fourth])
         assert torch.equal(small(x), train.restack(load_model(tmp_path / "small" / "model.pth"), [2, 1, 4])(x))
-    run(data, tmp_path / "large", "--checkpoint_path", tmp_path / "small" / "model.pth", "--layers", 1, 2, 3, 4, 0, 0, "--steps", 3)
+    run(
+        data,
+        tmp_path / "large",
+        "--checkpoint_path",
+        tmp_path / "small" / "model.pth",
+        "--layers",
+        1,
+        2,
+        3,
+        4,
+        0,
+        0,
+        "--steps",
+        3,
+    )
     large = load_model(tmp_path / "large" / "model.pth")
     assert len(large.layers) == 6 and all(layer.ffn.w2.weight.abs().sum() > 0 for layer in large.layers)
-    for wrong, message in ((("--layers", 1), "--layers: needs --checkpoint_path"),
-                           (("--layers", 5, "--checkpoint_path", tmp_path / "small" / "model.pth"), "--layers 5: the checkpoint has layers 1 to 4")):
+    for wrong, message in (
+        (("--layers", 1), "--layers: needs --checkpoint_path"),
+        (
+            ("--layers", 5, "--checkpoint_path", tmp_path / "small" / "model.pth"),
+            "--layers 5: the checkpoint has layers 1 to 4",
+        ),
+    ):
         with pytest.raises(InputError, match=message):
             run(data, tmp_path / "none", *wrong)
         assert not (tmp_path / "none").exists()
@@ -180,26 +245,66 @@ def test_an_interrupted_run_resumes_exactly(optimizer, data, tmp_path, monkeypat
 
 
 def test_training_continues_a_converted_checkpoint(checkpoint, data, tmp_path):
-    losses = run(data, tmp_path / "out", "--steps", 30, "--checkpoint_path", checkpoint("llama3.2"), "--curriculum", "gradual", "--lr", 1e-3)
+    losses = run(
+        data,
+        tmp_path / "out",
+        "--steps",
+        30,
+        "--checkpoint_path",
+        checkpoint("llama3.2"),
+        "--curriculum",
+        "gradual",
+        "--lr",
+        1e-3,
+    )
     assert losses[-1] < losses[0]
     assert load_model(tmp_path / "out" / "model.pth").config.rope_scaling
 
 
 def torchrun(data, out, *args, script=(str(ROOT / "scripts" / "train.py"),)):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *script, "--data", str(data), "--include", "*.py", "--out", str(out), *TINY, *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        *script,
+        "--data",
+        str(data),
+        "--include",
+        "*.py",
+        "--out",
+        str(out),
+        *TINY,
+        *args,
+    ]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
 
 
 @pytest.mark.parametrize("how", [(), ("--fsdp",)])
 def test_two_processes_train_as_one(how, data, tmp_path):
-    """DDP and FSDP over gloo: the same losses as one process with the same batch, and a checkpoint that one process loads."""
-    settings = ["--steps", "5", "--max_dropout", "0.9", "--eval_every", "2"]  # so much that a process has layers without any sequence
+    """DDP and FSDP over gloo: the same losses as one process with the same batch, and a checkpoint that one process
+    loads.
+    """
+    settings = [
+        "--steps",
+        "5",
+        "--max_dropout",
+        "0.9",
+        "--eval_every",
+        "2",
+    ]  # so much that a process has layers without any sequence
     run(data, tmp_path / "one", *settings)
     result = torchrun(data, tmp_path / "two", *settings, *how)
     assert result.returncode == 0, result.stderr
-    one, two = ([json.loads(line)["val_loss"] for line in (tmp_path / name / "train_log.jsonl").read_text().splitlines()] for name in ("one", "two"))
+    one, two = (
+        [json.loads(line)["val_loss"] for line in (tmp_path / name / "train_log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
     assert len(one) == len(two) == 3
-    for a, b in zip(one, two):
+    for a, b in zip(one, two, strict=False):
         assert a == pytest.approx(b, rel=1e-3)
     a, b = (load_model(tmp_path / name / "model.pth") for name in ("one", "two"))
     tokens = torch.randint(0, 280, (1, 20))
@@ -235,14 +340,27 @@ def test_an_interrupted_run_of_two_processes_resumes_exactly(data, tmp_path, mon
     assert result.returncode == 0, result.stderr
     a, b = (load_model(tmp_path / name / "model.pth").state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    alone = subprocess.run([sys.executable, "scripts/train.py", "--data", str(data), "--out", str(tmp_path / "none"), *TINY, "--fsdp"], capture_output=True, text=True)
+    alone = subprocess.run(
+        [sys.executable, "scripts/train.py", "--data", str(data), "--out", str(tmp_path / "none"), *TINY, "--fsdp"],
+        capture_output=True,
+        text=True,
+    )
     assert alone.returncode == 1 and alone.stderr.count("\n") == 1 and "--fsdp" in alone.stderr
 
 
-@pytest.mark.parametrize("args,words", [
-    (["--data", "nowhere"], "nowhere"), (["--include", "*.c"], "no UTF-8 text files"), (["--vocab_size", "100000"], "--vocab_size 100000"),
-    (["--context", "100000"], "too little text"), (["--resume"], "--resume"), (["--checkpoint_path", "nowhere.pth"], "nowhere.pth"),
-    (["--dim", "30", "--n_head", "4"], "--dim 30"), (["--steps", "0"], "--steps 0")])
+@pytest.mark.parametrize(
+    "args,words",
+    [
+        (["--data", "nowhere"], "nowhere"),
+        (["--include", "*.c"], "no UTF-8 text files"),
+        (["--vocab_size", "100000"], "--vocab_size 100000"),
+        (["--context", "100000"], "too little text"),
+        (["--resume"], "--resume"),
+        (["--checkpoint_path", "nowhere.pth"], "nowhere.pth"),
+        (["--dim", "30", "--n_head", "4"], "--dim 30"),
+        (["--steps", "0"], "--steps 0"),
+    ],
+)
 def test_bad_input(args, words, data, tmp_path):
     with pytest.raises(InputError) as error:
         run(data, tmp_path / "out", *args)
