@@ -23,12 +23,12 @@ from operator import itemgetter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import tasks
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import kernels
+import tasks
 from checkpoint import empty_model
 from command import InputError, check_writable, run_command
 from drafters import SelfDrafter

@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import tasks
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import tasks
 from checkpoint import load_model
 from command import check_writable, run_command
 from generate import Decoder, load

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import tasks
 import torch
-from train import LayerSkipLoss, evaluate
 
+import tasks
 from command import InputError, check_writable, run_command
 from generate import CHECKPOINTS, Decoder, Sampling, load
 from model import Transformer
 from tokenizer import Tokenizer
+from train import LayerSkipLoss, evaluate
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

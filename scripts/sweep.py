@@ -20,10 +20,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
-import tasks
 import torch
 from tqdm import tqdm
 
+import tasks
 import tune
 from command import check_writable, run_command
 from generate import Decoder, Stats, acceptance, load

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT
 
+from conftest import ROOT
 from generate import CHECKPOINTS, Decoder, acceptance, load
 
 FOLDER = ROOT / "checkpoints" / "demo"
@@ -40,8 +40,9 @@ def test_self_speculation_writes_the_same_text_and_is_often_right(exit_layer, k,
 
 
 def test_transformers_writes_the_same_text(demo, tmp_path):
-    from export_hf_checkpoint import export
     from transformers import AutoModelForCausalLM
+
+    from export_hf_checkpoint import export
 
     model, _, prompts = demo
     theirs = AutoModelForCausalLM.from_pretrained(export(FOLDER / "model.pth", tmp_path / "hf"), dtype=torch.float32)

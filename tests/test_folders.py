@@ -8,13 +8,13 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, edit_json
-from convert_hf_checkpoint import convert
-from test_tokenizer import CHATML, FAST, LLAMA, TOOLS, byte_level, spm, spm_decoder, spm_json
 
 import generate
 from checkpoint import load_config, load_model
+from conftest import ROOT, edit_json
+from convert_hf_checkpoint import convert
 from generate import Conversation, Decoder, Ending, run_sample
+from test_tokenizer import CHATML, FAST, LLAMA, TOOLS, byte_level, spm, spm_decoder, spm_json
 from tokenizer import Tokenizer
 
 PROMPTS = ["def f(self):", " return  x\n"]

@@ -13,7 +13,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILY, ROOT, write_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
@@ -21,6 +20,7 @@ import kernels
 import model as engine
 from checkpoint import load_model
 from command import InputError
+from conftest import FAMILY, ROOT, write_tokenizer
 from drafters import Drafter
 from generate import Decoder, DraftDisplay, Sampling, Stats, accept, acceptance, draw
 from model import ModelConfig, Transformer

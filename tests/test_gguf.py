@@ -7,16 +7,16 @@ import sys
 import zipfile
 from types import SimpleNamespace
 
-import convert_gguf
 import numpy as np
 import pytest
-import smollm2
 import torch
-from conftest import ROOT
-from convert_gguf import convert
 from safetensors import safe_open
 
+import convert_gguf
+import smollm2
 from command import InputError, run_command
+from conftest import ROOT
+from convert_gguf import convert
 
 SHAPE = dict(
     hidden_size=64,

@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT
 
+from conftest import ROOT
 from kernels import cpu, cuda, formats
 from model import ModelConfig, Transformer
 

@@ -9,19 +9,19 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import pytest
+import torch
+
 import benchmark
 import correctness
 import eval as evaluation
-import pytest
+import generate
 import sweep
 import tasks
-import torch
-from conftest import ROOT, make_hf_model
-
-import generate
 import tune
 from checkpoint import load_model
 from command import InputError
+from conftest import ROOT, make_hf_model
 from generate import Decoder, Sampling
 
 DEMO = str(ROOT / "checkpoints" / "demo" / "model.pth")
@@ -578,9 +578,10 @@ def quick_harness(monkeypatch):
 @pytest.fixture(scope="module")
 def bpe_folder(tmp_path_factory):
     """A tiny random model with a byte-level tokenizer.json that adds BOS, loadable by transformers and converted."""
-    from convert_hf_checkpoint import convert
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
+
+    from convert_hf_checkpoint import convert
 
     folder = tmp_path_factory.mktemp("bpe")
     backend = Tokenizer(models.BPE())
@@ -616,8 +617,9 @@ def answers(results):
 def test_evaluation_says_what_the_harness_own_backend_says(
     bpe_folder, local_tasks, tmp_path, quick_harness, batch_size, how
 ):
-    from harness import TaskManager, lm_eval
     from lm_eval.models.huggingface import HFLM
+
+    from harness import TaskManager, lm_eval
 
     _, path, model, tokenizer = bpe_folder
     names = ["local_choice", "local_rolling", "local_text"]

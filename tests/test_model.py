@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import FAMILY, LLAMA3_ROPE, edit_json
-from convert_hf_checkpoint import convert
-from export_hf_checkpoint import export
 from safetensors.torch import load_file, save_file
 
 from checkpoint import load_config, load_model
 from command import InputError
+from conftest import FAMILY, LLAMA3_ROPE, edit_json
+from convert_hf_checkpoint import convert
+from export_hf_checkpoint import export
 
 SHAPES = list(FAMILY)
 

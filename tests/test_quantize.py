@@ -10,12 +10,12 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, make_hf_model, write_tokenizer
 
 import kernels
 import quantize as q
 from checkpoint import load_config, load_model, save_checkpoint
 from command import InputError
+from conftest import ROOT, make_hf_model, write_tokenizer
 from generate import Decoder, Sampling
 from kernels import cpu, cuda, formats
 

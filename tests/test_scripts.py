@@ -7,12 +7,12 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import download
 import pytest
-from conftest import ROOT
 from huggingface_hub import errors
 
+import download
 from command import InputError
+from conftest import ROOT
 
 
 def http_error(kind, status, message="message"):

@@ -36,10 +36,10 @@ def compile_all():
     sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent.parent / "scripts")]
     import torch
     import triton
-    from benchmark import SHAPES
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from benchmark import SHAPES
     from kernels import cuda
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

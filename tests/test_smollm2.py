@@ -6,12 +6,12 @@ The model is downloaded once per machine (scripts/smollm2.py); without it and wi
 from types import SimpleNamespace
 
 import pytest
-import smollm2
 import torch
-from convert_hf_checkpoint import convert
 
 import generate
+import smollm2
 from command import InputError
+from convert_hf_checkpoint import convert
 from generate import Conversation, Decoder, Ending, run_sample
 
 NEW_TOKENS = 64

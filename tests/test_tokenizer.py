@@ -9,11 +9,11 @@ import json
 import random
 
 import pytest
-from conftest import edit_json
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
 from command import InputError
+from conftest import edit_json
 from tokenizer import Text, Tokenizer
 
 CORPUS = [
@@ -390,8 +390,9 @@ def test_which_tokenizers_can_draft_for_each_other(pair):
 
 
 def test_the_demos_tokenizer_reads_as_sentencepiece_itself():
-    from conftest import ROOT
     from sentencepiece import SentencePieceProcessor
+
+    from conftest import ROOT
 
     folder = ROOT / "checkpoints" / "demo"
     ours, theirs = Tokenizer.load(folder), SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))

@@ -180,7 +180,6 @@ def folder(tmp_path_factory, checkpoint):
     """A folder of checkpoints: name/model.pth."""
     from benchmark import random_model
     from convert_hf_checkpoint import convert
-
     from quantize import quantize_checkpoint
 
     folder = tmp_path_factory.mktemp("tp")

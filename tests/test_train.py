@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
-import train
-from conftest import ROOT
 
+import train
 from checkpoint import load_model
 from command import InputError
+from conftest import ROOT
 
 TINY = [
     "--n_layer",
