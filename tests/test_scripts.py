@@ -87,6 +87,7 @@ def test_the_documented_commands_run_word_for_word(hf_folder, tmp_path):
     for name in (
         "model.py",
         "checkpoint.py",
+        "drafters.py",
         "command.py",
         "quantize.py",
         "tp.py",
