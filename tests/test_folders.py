@@ -235,6 +235,7 @@ def sample(folder, *args, **how):
     return json.loads(result.stdout.splitlines()[-1])["samples"][0]
 
 
+@pytest.mark.slow
 def test_chat_is_what_transformers_makes_of_it(chat_folder):
     from transformers import AutoTokenizer
 
@@ -248,6 +249,7 @@ def test_chat_is_what_transformers_makes_of_it(chat_folder):
         assert answer["text"] == " self the"
 
 
+@pytest.mark.slow
 def test_what_ends_a_sample(chat_folder):
     self_id, the_id = (Tokenizer.load(chat_folder).table()[token] for token in ("Ġself", "Ġthe"))
     common = (chat_folder, "--prompt", "x")
@@ -266,6 +268,7 @@ def test_what_ends_a_sample(chat_folder):
         description.write_text(before)
 
 
+@pytest.mark.slow
 def test_prompts_from_files_are_taken_as_they_are(chat_folder, tmp_path):
     text = "\ufeff  two\r\n\n é\n"
     (tmp_path / "prompt.txt").write_bytes(text.encode())
@@ -285,6 +288,7 @@ def test_prompts_from_files_are_taken_as_they_are(chat_folder, tmp_path):
         assert result.returncode == 1 and words in result.stderr and result.stderr.count(b"\n") == 1
 
 
+@pytest.mark.slow
 def test_a_terminal_without_the_characters_loses_nothing(chat_folder, tmp_path):
     args = ("--prompt", "é漢🙂", "--num_samples", 1, "--json", tmp_path / "out.json")
     for encoding in ("ascii", "cp1252"):
@@ -293,6 +297,7 @@ def test_a_terminal_without_the_characters_loses_nothing(chat_folder, tmp_path):
         assert json.loads((tmp_path / "out.json").read_text())["samples"][0]["text"] == " self the"
 
 
+@pytest.mark.slow
 def test_interactive_chat_over_several_turns(chat_folder):
     lines = ["hello", "", "\udcff\udcfe", "x" * 6000, "and more"]
     given = "\n".join(lines).encode("utf-8", "surrogateescape") + b"\n"
@@ -422,6 +427,7 @@ def in_terminal(folder, keys, args=()):
     return written, os.waitpid(process, 0)[1]
 
 
+@pytest.mark.slow
 def test_in_a_terminal_lines_are_of_any_length(chat_folder):
     """Longer than the 4095 characters of a terminal's own lines; several lines pasted at once; Ctrl-C, the line
     before, Ctrl-D.

@@ -101,6 +101,7 @@ def test_a_draft_equal_to_its_target_accepts_everything(sampling, k):
     assert stats.accept_counts[:-1] == [0] * k and stats.accept_counts[-1] >= 79 // (k + 1)
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager():
     model = tiny_model()
     long, _ = run(model, 90)
@@ -138,6 +139,7 @@ def resized(model, vocab):
 
 @pytest.mark.parametrize("vocab", [56, 80])
 @pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.slow
 def test_a_draft_model_may_have_more_or_fewer_tokens(vocab, compile):
     """As of two models that share a tokenizer and are padded differently."""
     model = tiny_model()
@@ -364,6 +366,7 @@ def test_a_round_is_recorded_once_and_again_when_the_caches_move(monkeypatch):
         assert list(decoder.generate(PROMPT, 30)) == expected and len(recorded) == 2
 
 
+@pytest.mark.slow
 def test_nothing_recompiles_over_two_hundred_rounds():
     torch._dynamo.reset()
     decoder = Decoder(tiny_model(context=1200, n_layer=2), exit_layer=1, k=2, compile=True, sampling=Sampling(1.0))
@@ -462,6 +465,7 @@ def test_the_distribution_test_notices_a_broken_rule(broken):
 
 
 @pytest.mark.parametrize("how", [dict(), dict(exit_layer=1, k=3), dict(draft_model=tiny_model(7, vocab=12), k=3)])
+@pytest.mark.slow
 def test_sampled_tokens_have_the_models_distribution(how):
     """End to end: the second and third token of many short generations, against the model's own probabilities in
     float64.
@@ -498,6 +502,7 @@ class Parrot(Drafter):
 
 
 @pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.slow
 def test_the_loop_takes_any_drafter(compile):
     model = tiny_model()
     plain, _ = run(model, 40)
@@ -522,6 +527,7 @@ def test_the_loop_takes_any_drafter(compile):
     "how",
     [dict(), dict(exit_layer=1, k=2), dict(draft_model=tiny_model(1), k=2), dict(exit_layer=1, k=2, compile=True)],
 )
+@pytest.mark.slow
 def test_a_decoder_is_freed_with_its_last_reference(how):
     """Or else two models would be in memory at once where one follows the other."""
     decoder = Decoder(tiny_model(), **how)
@@ -610,6 +616,7 @@ def cli(*args, cwd=ROOT, env=None):
     )
 
 
+@pytest.mark.slow
 def test_command_line_reports_what_it_did(checkpoint, tmp_path):
     path = checkpoint("llama2")
     result = cli(
@@ -674,6 +681,7 @@ def test_command_line_reports_what_it_did(checkpoint, tmp_path):
     assert "traceEvents" in json.loads((tmp_path / "trace.json").read_text())
 
 
+@pytest.mark.slow
 def test_command_line_greedy_equals_the_api(checkpoint, tmp_path):
     path = checkpoint("llama3")
     model, tokenizer = load_model(path), Tokenizer.load(path.parent)
@@ -703,12 +711,14 @@ def test_command_line_greedy_equals_the_api(checkpoint, tmp_path):
         assert json.loads(out.read_text())["samples"][0]["tokens"] == expected
 
 
+@pytest.mark.slow
 def test_says_when_the_context_is_shorter_than_asked_for(checkpoint):
     common = ("--checkpoint_path", checkpoint("llama2"), "--prompt", "def f1", "--num_samples", 1)
     assert "note: the context of 128 positions leaves room for" in cli(*common, "--max_new_tokens", 200).stdout
     assert "note:" not in cli(*common, "--max_new_tokens", 20).stdout
 
 
+@pytest.mark.slow
 def test_stop_strings_end_a_sample(checkpoint):
     common = (
         "--checkpoint_path",
@@ -733,6 +743,7 @@ def test_stop_strings_end_a_sample(checkpoint):
     )
 
 
+@pytest.mark.slow
 def test_interactive_goes_on_after_a_bad_prompt(checkpoint):
     path = checkpoint("llama2")
     result = subprocess.run(

@@ -366,6 +366,7 @@ def test_predict_finds_the_counts_of_every_cell_and_interpolates_the_cost(checkp
         assert gain == pytest.approx(2 * (tokens - 1) / (sum(found) * (1 + 0.5 * k + 0.25 * e * k)))
 
 
+@pytest.mark.slow
 def test_sweep_predicts_the_demo_checkpoint(tmp_path, capsys):
     common = [
         "--num_prompts",

@@ -184,6 +184,7 @@ def test_the_file_holds_what_the_format_says(quantized, checkpoint_path, mode):
 
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.slow
 def test_speculation_is_exact_on_quantized_models(quantized, checkpoint_path, mode, compile):
     model, draft = load_model(quantized(mode)), load_model(checkpoint_path)
     grid = [dict(exit_layer=e, k=k) for e in (1, 3) for k in (1, 4)] + [dict(draft_model=draft, k=3)]
@@ -248,6 +249,7 @@ def test_prompts_calibrate_as_the_text_they_are(checkpoint_path, tmp_path):
     assert len(jsonl) == 5 and all(torch.equal(a, b) for a, b in zip(jsonl, text, strict=True))
 
 
+@pytest.mark.slow
 def test_bad_input_ends_in_one_line(quantized, checkpoint_path, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("x")

@@ -80,6 +80,7 @@ def shell(command, cwd=ROOT, **env):
     )
 
 
+@pytest.mark.slow
 def test_the_documented_commands_run_word_for_word(hf_folder, tmp_path):
     """In a copy of the repository, where checkpoints/facebook/layerskip-llama2-7B is there already (here: tiny)."""
     copy = tmp_path / "copy"
@@ -118,6 +119,7 @@ torchrun generate.py --model facebook/layerskip-llama2-7B \\
     assert result.stdout.count("Average tokens/sec") == 3 and result.stdout.count("Mean Accepted") == 2
 
 
+@pytest.mark.slow
 def test_prepare_takes_a_local_folder_and_ends_in_one_line_otherwise(hf_folder, tmp_path):
     shutil.copytree(
         hf_folder("llama3")[0], tmp_path / "local", ignore=shutil.ignore_patterns("model.pth", "model.json")
@@ -132,6 +134,7 @@ def test_prepare_takes_a_local_folder_and_ends_in_one_line_otherwise(hf_folder, 
         )
 
 
+@pytest.mark.slow
 def test_several_processes_without_torchrun_are_one_line(checkpoint):
     result = shell(f"WORLD_SIZE=2 python generate.py --checkpoint_path {checkpoint('llama2')}")
     assert (
@@ -141,6 +144,7 @@ def test_several_processes_without_torchrun_are_one_line(checkpoint):
     )
 
 
+@pytest.mark.slow
 def test_benchmark(checkpoint, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "def f1(x)"}\n{"prompt": "return"}\n')
     command = (

@@ -14,6 +14,9 @@ from command import InputError
 from convert_hf_checkpoint import convert
 from generate import Conversation, Decoder, Ending, run_sample
 
+pytestmark = pytest.mark.slow
+
+
 NEW_TOKENS = 64
 TEXTS = {
     "prose": "The capital of France is",

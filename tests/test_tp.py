@@ -29,6 +29,9 @@ from command import InputError
 from generate import Decoder, Sampling
 from model import ModelConfig
 
+pytestmark = pytest.mark.slow
+
+
 SHAPES = ["llama2", "codellama", "llama3", "llama3.2", "uneven", "tiny"]
 WORLDS = [2, 4]
 MAIN = {

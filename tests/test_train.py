@@ -132,6 +132,7 @@ def test_loss_is_the_weighted_sum_over_exits_of_kept_layers():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.slow
 def test_a_tiny_run_learns_and_its_checkpoint_loads(optimizer, data, tmp_path, capsys):
     losses = run(data, tmp_path / "out", "--steps", 60, "--lr", 3e-3, "--optimizer", optimizer, "--eval_every", 0)
     assert sum(losses[:5]) / 5 > 5 and sum(losses[-5:]) / 5 < 2.5
@@ -284,6 +285,7 @@ def torchrun(data, out, *args, script=(str(ROOT / "scripts" / "train.py"),)):
 
 
 @pytest.mark.parametrize("how", [(), ("--fsdp",)])
+@pytest.mark.slow
 def test_two_processes_train_as_one(how, data, tmp_path):
     """DDP and FSDP over gloo: the same losses as one process with the same batch, and a checkpoint that one process
     loads.
@@ -327,6 +329,7 @@ train.run_command(lambda: train.train(train.parse_args()), watch=False)
 """
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_of_two_processes_resumes_exactly(data, tmp_path, monkeypatch):
     """With FSDP; the state is that of the whole model."""
     monkeypatch.chdir(ROOT)
