@@ -174,7 +174,7 @@ if __name__ == "__main__":
     worker(Path(sys.argv[1]))
     sys.exit()
 
-from conftest import make_hf_model, write_tokenizer  # noqa: E402: the processes above need no transformers
+from conftest import make_hf_model, write_tokenizer  # noqa: E402 (the processes above need no transformers)
 from test_generate import chi_square, reference_distribution, tiny_model  # noqa: E402
 
 
