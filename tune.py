@@ -13,7 +13,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +23,7 @@ from checkpoint import dtype_name
 from command import InputError
 from model import Transformer
 
-if TYPE_CHECKING:
-    from generate import Decoder
+Decoder = Any  # generate.Decoder; generate.py imports this module
 
 CALIBRATION_TOKENS = 64  # length of the text that `calibrate` decodes
 CALIBRATION_K = 6  # the longest draft that `calibrate` considers
