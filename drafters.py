@@ -21,9 +21,9 @@ class Drafter:
     """Proposes nothing: plain decoding. Also the protocol, of which other drafters override what differs.
 
     Cache rows: the last emitted token has none yet, and is the first thing that a round feeds. After a round every
-    model that drafts must have rows for the k + 1 positions it covered, or a fully accepted round leaves a hole that
-    no mask hides. Rejected tokens cost nothing: the position moves back, and their rows are overwritten before
-    anything sees them.
+    model that drafts must have rows for the k + 1 positions it covered, or a fully accepted round leaves a row that
+    was never written, and later queries read it. Rejected tokens cost nothing: the position moves back, and their
+    rows are overwritten before anything sees them.
 
     Attributes: k, the tokens drafted in a round; models, all whose caches a round fills; vocab_size, the ids that can
     be drafted; exit_layer, for reports (None: drafts don't come from an exit of the target).
@@ -46,9 +46,11 @@ class Drafter:
     def draft(self, step: Step, token: Tensor, pos: Tensor, u: Tensor | None) -> tuple[Tensor, list, list]:
         """Propose k tokens behind token (1, 1) at pos (1,). u: uniform numbers (k,), None for the most likely tokens.
 
-        step: (token, pos, u (1,)) -> (state, next token (1, 1), its distribution (1, V) or None), `step` with a token
-        drawn. Returns the token and the proposed ones (1, k + 1), the states, and the distributions that they were
-        drawn from.
+        step: the loop's (token, pos, u (1,)) -> (state, next token (1, 1), its distribution (1, V) or None), which
+        calls `step` above and draws from its logits. Returns the token and the proposed ones (1, k + 1), the states,
+        and the distributions that they were drawn from, which sampling needs of every drafter. A drafter that looks
+        at the text keeps it itself, as a cache does: `prefill` gives it the prompt, and each call here the token at
+        pos.
         """
         tokens, states, probs = [token], [], []
         for i in range(self.k):
@@ -60,7 +62,7 @@ class Drafter:
 
     def verify_from(self, tokens: Tensor, states: list[Tensor], pos: Tensor) -> tuple[Tensor, int]:
         """What the target's pass over tokens (1, k + 1) from pos (1,) on starts from: (x, start) as
-        `Transformer.forward` has them.
+        `Transformer.forward` has them. Here the last of the k + 1 positions also gets its row in the drafter's caches.
         """
         return tokens, 0
 

@@ -290,8 +290,10 @@ class Decoder:
         side = torch.cuda.Stream(self.pos.device)
         side.wait_stream(torch.cuda.current_stream(self.pos.device))
         with torch.cuda.stream(side):
-            self.token.zero_()  # what these rounds write, the prompt overwrites
+            self.token.zero_()
             self.pos.zero_()
+            for m in self.models:  # these rounds write to the first rows
+                m.cached_ids = []
             for _ in range(2):  # compiles, tunes and allocates
                 self.round()
         torch.cuda.current_stream(self.pos.device).wait_stream(side)
@@ -304,7 +306,9 @@ class Decoder:
         self.graph = graph, out, caches
 
     def launch(self, on_draft: Callable | None = None) -> Callable[[], list[int]]:
-        """Start a round. Returns a function that waits until it is done and gives `_verify`'s result as a list."""
+        """Start a round. Returns a function that waits until it is done and gives the result of `Round.verify` as a
+        list.
+        """
         if self.graphed and not on_draft:
             graph, out, _ = self.graph
             graph.replay()

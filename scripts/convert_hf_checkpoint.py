@@ -111,7 +111,9 @@ def read_rope(hf: dict, path: Path) -> tuple[float, dict | None]:
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind != "default" and kind not in ROPE_SCALING:
-        raise InputError(f"{path}: RoPE scaling {kind!r} is not supported; {', '.join(ROPE_SCALING)} and none are")
+        raise InputError(
+            f"{path}: RoPE scaling {kind!r} is not supported; only {', '.join(ROPE_SCALING)} and 'default' are"
+        )
     if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1)) != 1:
         raise InputError(f"{path}: partial_rotary_factor is not supported; the whole head is rotated")
     theta = rope.get("rope_theta", hf.get("rope_theta") or 10000.0)
