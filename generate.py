@@ -189,7 +189,8 @@ class Round:
         p = logits.new_zeros(0, logits.shape[-1])
         if self.sampling.temperature and probs:
             p = torch.cat(probs)
-            p = F.pad(p, (0, logits.shape[-1] - p.shape[-1]))  # what only the target has was not drafted
+            if p.shape[-1] < logits.shape[-1]:  # what only the target has was not drafted
+                p = F.pad(p, (0, logits.shape[-1] - p.shape[-1]))
         result = self.agree(torch.cat(accept(tokens[0, 1:], p, logits, u, self.sampling)))  # (K+2,)
         n = result[-1:]
         self.token.copy_(result.index_select(0, n)[None])

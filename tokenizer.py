@@ -127,7 +127,7 @@ class Tokenizer:
         except Exception as error:  # tiktoken gives up on a million spaces, for one
             raise InputError(f"the text can't be turned into tokens ({str(error).splitlines()[0]})") from None
         if self.model_size is not None and max(ids, default=0) >= self.model_size:
-            unknown = next(token for token, id in self.added.items() if id == max(ids))
+            unknown = next((token for token, id in self.added.items() if id == max(ids)), f"token id {max(ids)}")
             raise InputError(f"the text has {unknown} in it, which is a token of the tokenizer but not of the model")
         return ids
 

@@ -356,6 +356,9 @@ def test_a_round_is_recorded_once_and_again_when_the_caches_move(monkeypatch):
             decoder.graph[0].out = decoder.graph[1]
 
         decoder.record = record
+        model.cached_ids = PROMPT[:3]
+        decoder.record()
+        assert not model.cached_ids and len(recorded) == 1  # what was recorded wrote over these rows
         assert list(decoder.generate(PROMPT, 30)) == expected and len(recorded) == 1
         list(decoder.generate(PROMPT, 10))
         assert len(recorded) == 1
@@ -464,7 +467,15 @@ def test_the_distribution_test_notices_a_broken_rule(broken):
     assert (first[q[0] == 0].sum() > 0) or chi_square(first, q[0]) < 1e-6
 
 
-@pytest.mark.parametrize("how", [dict(), dict(exit_layer=1, k=3), dict(draft_model=tiny_model(7, vocab=12), k=3)])
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(),
+        dict(exit_layer=1, k=3),
+        dict(draft_model=tiny_model(7, vocab=12), k=3),
+        dict(draft_model=tiny_model(7, vocab=9), k=3),
+    ],
+)
 @pytest.mark.slow
 def test_sampled_tokens_have_the_models_distribution(how):
     """End to end: the second and third token of many short generations, against the model's own probabilities in
