@@ -5,14 +5,18 @@ whoever drafts, because acceptance goes by the probabilities that the drafts wer
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
 from command import InputError
-from kernels import formats
+from kernels import cpu
 from model import Transformer
+
+LONGEST_PAUSE = 31  # rounds that n-gram drafts stay away while they are wrong
 
 Step = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
 
@@ -25,16 +29,37 @@ class Drafter:
     was never written, and later queries read it. Rejected tokens cost nothing: the position moves back, and their
     rows are overwritten before anything sees them.
 
-    Attributes: k, the tokens drafted in a round; models, all whose caches a round fills; vocab_size, the ids that can
-    be drafted; exit_layer, for reports (None: drafts don't come from an exit of the target).
+    Attributes: name, for reports; k, the tokens drafted in a round; models, all whose caches a round fills; vocab_size,
+    the ids that can be drafted; exit_layer, for reports (None: drafts don't come from an exit of the target);
+    reads_text, whether `pick` must know the whole text so far (a GPU then waits for the host between rounds).
     """
 
+    name = "plain"
     exit_layer: int | None = None
+    reads_text = False
 
     def __init__(self, target: Transformer, k: int = 0):
         self.target, self.k = target, k
         self.models = [target]
         self.vocab_size = target.config.vocab_size
+
+    # What the host asks, between rounds.
+
+    def members(self) -> "list[Drafter]":
+        """All that `pick` may return."""
+        return [self]
+
+    def begin(self, prompt: list[int]) -> None:
+        """A text begins with these ids."""
+
+    def observe(self, tokens: list[int]) -> None:
+        """The text goes on with these ids: those of the prompt's pass or of a round."""
+
+    def pick(self) -> "Drafter":
+        """Who drafts the next round."""
+        return self
+
+    # What a round computes, in static shapes.
 
     def prefill(self, prompt: Tensor, pos: Tensor | None) -> None:
         """Fill caches of the drafter's own from the prompt (1, T) at positions pos (T,); None: from 0 on."""
@@ -48,9 +73,7 @@ class Drafter:
 
         step: the loop's (token, pos, u (1,)) -> (state, next token (1, 1), its distribution (1, V) or None), which
         calls `step` above and draws from its logits. Returns the token and the proposed ones (1, k + 1), the states,
-        and the distributions that they were drawn from, which sampling needs of every drafter. A drafter that looks
-        at the text keeps it itself, as a cache does: `prefill` gives it the prompt, and each call here the token at
-        pos.
+        and the distributions that they were drawn from, which sampling needs of every drafter.
         """
         tokens, states, probs = [token], [], []
         for i in range(self.k):
@@ -70,25 +93,31 @@ class Drafter:
         """Bytes of weights that drafting reads in a round, beside the target's own pass over all of its weights."""
         return 0
 
+    def extra_bytes(self) -> int:
+        """Bytes of memory that the drafter's own copies of weights take."""
+        return 0
+
 
 class ModelDrafter(Drafter):
-    """A separate, smaller model that shares the target's tokenizer. Where one has more ids than the other, as of two
-    paddings or of tokens added later, those are never drafted.
+    """A separate, smaller model that shares the target's tokenizer. If one of the two has more ids (padding, or tokens
+    added later), those are never drafted.
 
     head: "int8" chooses drafts with a copy of the head rounded to int8, which reads a half or a quarter of the bytes,
     where there are kernels for it; "full" with the head itself.
     """
 
-    stop: int | None = None  # the layer before which drafting ends
+    name = "draft model"
 
     def __init__(self, target: Transformer, draft: Transformer, k: int, head: str = "int8"):
         super().__init__(target, k)
-        if not 1 <= k < kernels.MAX_ROWS:
-            raise InputError(f"--speculate_k {k}: must be 1 to {kernels.MAX_ROWS - 1}")
+        check_length("speculate_k", k)
         self.model = draft
+        self.layers: Any = draft.layers  # those that draft
         self.models = [target] if draft is target else [target, draft]
         self.vocab_size = min(target.config.vocab_size, draft.config.vocab_size)
-        self.head = int8_head(draft) if head == "int8" else None  # (weight, scale)
+        self.head: nn.Module = draft.head
+        if head == "int8" and can_round_head(draft):
+            self.head = draft.rounded_copy(draft.head, "int8")
 
     def known(self, tokens: Tensor) -> Tensor:
         """The tokens as the draft model can be fed them: where it lacks one, another stands in for it."""
@@ -100,14 +129,12 @@ class ModelDrafter(Drafter):
         self.model(self.known(prompt), pos)
 
     def step(self, token: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.model(self.known(token), pos, 0, self.stop)
+        hidden = self.model.run(self.layers, self.model.embed(self.known(token)), pos)
         return hidden, self.logits(hidden[:, -1])
 
     def logits(self, h: Tensor) -> Tensor:
         """What drafts are chosen from: logits (..., V) for hidden states h (..., D)."""
-        if self.head is None:
-            return self.model.logits(h)[..., : self.vocab_size]
-        return self.model.head.combine(kernels.linear(self.model.norm(h), *self.head))[..., : self.vocab_size]
+        return self.head(self.model.norm(h))[..., : self.vocab_size]
 
     def verify_from(self, tokens: Tensor, states: list[Tensor], pos: Tensor) -> tuple[Tensor, int]:
         self.model(self.known(tokens[:, -1:]), pos + self.k)  # the row that a fully accepted round needs
@@ -115,13 +142,14 @@ class ModelDrafter(Drafter):
 
     def step_bytes(self) -> tuple[int, int]:
         """Bytes of weights that one step reads: (those of its layers and norm, those of its head)."""
-        layers = weight_bytes(*self.model.layers[: self.stop], self.model.norm)
-        head = weight_bytes(self.model.head) if self.head is None else sum(t.nbytes for t in self.head)
-        return layers, head
+        return weight_bytes(*self.layers, self.model.norm), weight_bytes(self.head)
 
     def bytes_per_round(self) -> int:
         layers, head = self.step_bytes()
         return self.k * (layers + head) + layers
+
+    def extra_bytes(self) -> int:
+        return 0 if self.head is self.model.head else weight_bytes(self.head)
 
 
 class SelfDrafter(ModelDrafter):
@@ -129,25 +157,134 @@ class SelfDrafter(ModelDrafter):
     layers that follow, so that no layer sees a position twice.
     """
 
+    name = "self"
+    exit_layer: int
+
     def __init__(self, target: Transformer, exit_layer: int, k: int, head: str = "int8"):
-        last = target.config.n_layer - 1
-        if not 1 <= exit_layer <= last:
-            raise InputError(
-                f"--early_exit {exit_layer}: the model has {last + 1} layers, so 1 to {last} can be drafted with"
-            )
+        check_exit(exit_layer, target.config.n_layer, target.config.n_layer - 1)
         super().__init__(target, target, k, head)
-        self.exit_layer: int = exit_layer
-        self.stop = exit_layer
+        self.exit_layer = exit_layer
+        self.layers = target.layers[:exit_layer]
 
     def prefill(self, prompt: Tensor, pos: Tensor | None) -> None:
         """The target's own pass fills these rows."""
 
     def verify_from(self, tokens: Tensor, states: list[Tensor], pos: Tensor) -> tuple[Tensor, int]:
-        last = self.target(tokens[:, -1:], pos + self.k, 0, self.stop)
+        last = self.target(tokens[:, -1:], pos + self.k, 0, self.exit_layer)
         return torch.cat((*states, last), dim=1), self.exit_layer
 
     def bytes_per_round(self) -> int:
         return self.k * sum(self.step_bytes())  # the last pass reads what the target's own would have read
+
+
+class QuantizedDrafter(SelfDrafter):
+    """A copy of the target's layers [0, exit_layer), up to all of them, in int8 or int4.
+
+    It reads less, so that any Llama can draft for itself. The copy writes the target's own cache rows. Verification,
+    which runs all layers over the whole round, writes them again: so the copy needs no caches and no prompt, and the
+    rows before a round are the target's own.
+    """
+
+    def __init__(self, target: Transformer, exit_layer: int, k: int, precision: str, head: str = "int8"):
+        """precision: "int8" or "int4". Raises InputError unless the target's own weights take more bytes."""
+        config = target.config
+        check_exit(exit_layer, config.n_layer, config.n_layer)
+        if config.quantization in ("int4", precision):
+            smaller = "same or int4" if config.quantization == "int8" else "same"
+            raise InputError(
+                f"--draft_precision {precision}: the model is {config.quantization} already; take {smaller}"
+            )
+        ModelDrafter.__init__(self, target, target, k, head)
+        self.name = f"self {precision}"
+        self.exit_layer = exit_layer
+        self.layers = [target.rounded_copy(layer, precision) for layer in target.layers[:exit_layer]]
+
+    def verify_from(self, tokens: Tensor, states: list[Tensor], pos: Tensor) -> tuple[Tensor, int]:
+        return tokens, 0
+
+    def extra_bytes(self) -> int:
+        return super().extra_bytes() + weight_bytes(*self.layers)
+
+
+class NgramDrafter(Drafter):
+    """Drafts what followed the last occurrence of the text's last few tokens, if they occurred (prompt lookup).
+
+    If they did not, or while its drafts are wrong, another drafter drafts. Each draft is certain: its distribution is a
+    point. So sampling stays exact.
+    """
+
+    name = "n-gram"
+    reads_text = True
+
+    def __init__(self, otherwise: Drafter, k: int, longest: int = 3):
+        """otherwise: who drafts where this one finds nothing; longest: the most tokens that are looked up."""
+        super().__init__(otherwise.target, k)
+        check_length("ngram_k", k)
+        if longest < 1:
+            raise InputError(f"--ngram_max {longest}: must be 1 or more")
+        self.otherwise = otherwise
+        self.models, self.exit_layer = otherwise.models, otherwise.exit_layer
+        shortest = 1 if otherwise.k == 0 else min(2, longest)  # one token alone is right less often than a model is
+        self.lengths = range(longest, shortest - 1, -1)
+        self.found = torch.zeros(1, k, dtype=torch.long, device=self.target.embed.weight.device)
+        self.begin([])
+
+    def members(self) -> list[Drafter]:
+        return [self, *self.otherwise.members()]
+
+    def begin(self, prompt: list[int]) -> None:
+        self.text: list[int] = []
+        self.follows: dict[tuple[int, ...], int] = {}  # n-gram -> where the text went on after its last occurrence
+        self.misses = 0  # rounds in a row of which nothing was accepted
+        self.pause = 0  # rounds left to the other drafter
+        self.drafting = False  # whether the last round was this one's
+        self.observe(prompt)
+
+    def observe(self, tokens: list[int]) -> None:
+        if self.drafting:
+            self.learn(len(tokens) - 1)
+        for token in tokens:
+            for n in self.lengths:
+                if len(self.text) >= n:
+                    self.follows[tuple(self.text[-n:])] = len(self.text)
+            self.text.append(token)
+
+    def learn(self, accepted: int) -> None:
+        """Pause after a miss, and after each further one in a row for twice as long."""
+        self.misses = 0 if accepted else self.misses + 1
+        self.pause = min(2**self.misses - 1, LONGEST_PAUSE)
+
+    def pick(self) -> Drafter:
+        start = None if self.pause else self.look_up()
+        self.pause = max(self.pause - 1, 0)
+        self.drafting = start is not None
+        if start is None:
+            return self.otherwise.pick()
+        draft = self.text[start : start + self.k]
+        while len(draft) < self.k:  # where the text ends it goes on with the draft itself
+            draft += draft[: self.k - len(draft)]
+        self.found.copy_(torch.tensor([draft]))
+        return self
+
+    def look_up(self) -> int | None:
+        """Where the text went on after the last earlier occurrence of its last tokens, as many as possible."""
+        for n in self.lengths:
+            start = self.follows.get(tuple(self.text[-n:]))
+            if start is not None:
+                return start
+        return None
+
+    def prefill(self, prompt: Tensor, pos: Tensor | None) -> None:
+        self.otherwise.prefill(prompt, pos)
+
+    def draft(self, step: Step, token: Tensor, pos: Tensor, u: Tensor | None) -> tuple[Tensor, list, list]:
+        probs: list[Tensor] = []
+        if u is not None:
+            probs = [F.one_hot(self.found[0], self.vocab_size).float()]  # (k, V)
+        return torch.cat((token, self.found), dim=1), [], probs
+
+    def extra_bytes(self) -> int:
+        return self.otherwise.extra_bytes()
 
 
 def make_drafter(
@@ -156,29 +293,51 @@ def make_drafter(
     draft_model: Transformer | None = None,
     k: int = 4,
     draft_head: str = "int8",
+    draft_precision: str = "same",
+    ngram_k: int = 0,
+    ngram_max: int = 3,
 ) -> Drafter:
-    """The drafter that the options name: none of the two models means plain decoding. Raises InputError for both, or
-    for an exit layer or k out of range.
+    """The drafter that the options name; plain decoding if they name neither an exit, nor a model, nor n-grams.
+
+    ngram_k: the length of n-gram drafts, 0 for none. Raises InputError for options that exclude each other, or for an
+    exit layer or a length out of range.
     """
-    if draft_model is not None and exit_layer is not None:
-        raise InputError("self-speculation and a separate draft model exclude each other")
+    if draft_model is not None and (exit_layer is not None or ngram_k):
+        other = "n-gram drafts" if exit_layer is None else "self-speculation"
+        raise InputError(f"{other} and a separate draft model exclude each other")
+    drafter = Drafter(target)
     if draft_model is not None:
-        return ModelDrafter(target, draft_model, k, draft_head)
-    if exit_layer is not None:
-        return SelfDrafter(target, exit_layer, k, draft_head)
-    return Drafter(target)
+        drafter = ModelDrafter(target, draft_model, k, draft_head)
+    elif exit_layer is not None and draft_precision != "same":
+        drafter = QuantizedDrafter(target, exit_layer, k, draft_precision, draft_head)
+    elif exit_layer is not None:
+        drafter = SelfDrafter(target, exit_layer, k, draft_head)
+    if ngram_k:
+        drafter = NgramDrafter(drafter, ngram_k, ngram_max)
+    return drafter
 
 
-def int8_head(model: Transformer) -> tuple[Tensor, Tensor] | None:
-    """(weight, scale) of a copy of the model's head in int8; None where it is quantized already, or nothing computes
-    with it.
-    """
+def check_length(option: str, k: int) -> None:
+    if not 1 <= k < kernels.MAX_ROWS:
+        raise InputError(f"--{option} {k}: must be 1 to {kernels.MAX_ROWS - 1}")
+
+
+def check_exit(exit_layer: int, layers: int, last: int) -> None:
+    if not 1 <= exit_layer <= last:
+        raise InputError(
+            f"--early_exit {exit_layer}: the model has {layers} layers, so 1 to {last} can be drafted with"
+        )
+
+
+def can_round_head(model: Transformer) -> bool:
+    """Whether a copy of the head in int8 reads less: not if it is quantized already, or widened at every step."""
     if model.config.quantization:
-        return None
+        return False
+    weight = model.head.weight
+    if weight.device.type == "cpu":
+        cpu.prepare()
     with torch.no_grad():
-        if not kernels.backend(model.head.weight, 1):  # int8 would be widened at every step
-            return None
-    return formats.int8_rows(model.head.weight)
+        return kernels.backend(weight, 1) is not None
 
 
 def weight_bytes(*modules: nn.Module) -> int:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,14 +28,16 @@ import kernels
 import tune
 from checkpoint import count_parameters, load_model
 from command import InputError, check_device, check_writable
-from drafters import Drafter, make_drafter, weight_bytes
+from drafters import Drafter, check_length, make_drafter, weight_bytes
 from model import Transformer
 from tokenizer import Text, Tokenizer
 from tp import Shard, broadcast, run_command, start
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 DEFAULT_PROMPT = "class Stack:\n    def __init__(self):\n"
-INTERACTIVE_ROWS = 8192  # what --interactive provides for, of contexts that may be far longer
+SPECULATE_K = 4  # tokens that a model drafts in a round, where nothing else is said
+NGRAM_K = 8  # the same for n-grams
+INTERACTIVE_ROWS = 8192  # cache rows for a conversation; many models' contexts are far longer
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+Rounds = dict[str, list[int]]  # {drafter's name: accept counts}: how many rounds accepted exactly 0, 1, 2, ... drafts
 
 
 def draw(weights: Tensor, u: Tensor) -> Tensor:
@@ -120,18 +124,23 @@ def all_finite(logits: Tensor) -> Tensor:
 
 @dataclass
 class Stats:
-    """What one generation did. accept_counts[i] is the number of rounds that accepted exactly i.
+    """What one generation did.
 
     Times in seconds by the clock; decode_seconds, from the first token to the last round, includes what the caller did
     between tokens, as a GPU goes on meanwhile.
     """
 
     prompt_tokens: int
-    accept_counts: list[int]
+    rounds: Rounds
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     tokens: list[int] = field(default_factory=list)
     prefill_tokens: int = 0  # of the prompt, those whose rows the caches did not have
+
+    @property
+    def accept_counts(self) -> list[int]:
+        """Accept counts of all rounds, whoever drafted."""
+        return total_counts(self.rounds.values())
 
     @property
     def tokens_per_second(self) -> float:
@@ -140,17 +149,16 @@ class Stats:
 
 
 class Round:
-    """What a round computes, in pieces of static shape that are compiled, without asking the device for anything.
+    """What a round with one drafter computes, in pieces of static shape that are compiled, without asking the device
+    for anything.
 
     The text so far is token (1, 1), the last one emitted, and pos (1,), its position; `verify` moves both on.
     """
 
-    def __init__(self, model: Transformer, drafter: Drafter, sampling: Sampling):
-        device = model.embed.weight.device
+    def __init__(self, model: Transformer, drafter: Drafter, sampling: Sampling, token: Tensor, pos: Tensor):
         self.model, self.drafter, self.sampling = model, drafter, sampling
-        self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
-        self.pos = torch.zeros(1, dtype=torch.long, device=device)
-        self.offsets = torch.arange(drafter.k + 1, device=device)
+        self.token, self.pos = token, pos
+        self.offsets = torch.arange(drafter.k + 1, device=pos.device)
 
     def agree(self, tokens: Tensor) -> Tensor:
         """What the first of the processes chose, on all of them."""
@@ -211,18 +219,14 @@ class Decoder:
         model: Transformer,
         *,
         drafter: Drafter | None = None,
-        exit_layer: int | None = None,
-        draft_model: Transformer | None = None,
-        k: int = 4,
-        draft_head: str = "int8",
         sampling: Sampling = GREEDY,
         rows: int | None = None,
         compile: bool = False,
         compile_prefill: bool = False,
         seed: int | None = None,
+        **options: Any,
     ):
-        """drafter: for this model; or else exit_layer, draft_model, k and draft_head describe one, as for
-        `make_drafter`.
+        """drafter: for this model; or else `options` describe one, as for `make_drafter`.
 
         rows: positions to provide for, prompt and new tokens together (default and most: the context). Decoders of
         one model share its caches, so one generation must end before the next begins. Of a model split over several
@@ -230,8 +234,10 @@ class Decoder:
         InputError as `make_drafter` does.
         """
         self.model, self.sampling = model, sampling
-        self.drafter = drafter or make_drafter(model, exit_layer, draft_model, k, draft_head)
-        self.K, self.exit_layer, self.models = self.drafter.k, self.drafter.exit_layer, self.drafter.models
+        self.drafter = drafter or make_drafter(model, **options)
+        members = self.drafter.members()
+        self.K = max(member.k for member in members)
+        self.exit_layer, self.models = self.drafter.exit_layer, self.drafter.models
         self.context = min(m.config.context for m in self.models)
         self.rows = min(rows or self.context, self.context)
         for m in self.models:  # a round may run past the last wanted token, and one late past that
@@ -239,20 +245,27 @@ class Decoder:
         device = model.embed.weight.device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # Triton and graphs work on the current one
-        pieces = Round(model, self.drafter, sampling)
-        self.token, self.pos = pieces.token, pieces.pos
-        self.step, self.verify, self.prefill = pieces.step, pieces.verify, pieces.prefill
-        if compile:  # each decoder compiles the same two functions for its own model, drafter and k
+        self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
+        self.pos = torch.zeros(1, dtype=torch.long, device=device)
+        self.pieces: dict[Drafter, tuple[Callable, Callable]] = {}  # Round.step and Round.verify of each
+        for member in members:
+            pieces = Round(model, member, sampling, self.token, self.pos)
+            self.pieces[member] = pieces.step, pieces.verify
+        if compile:  # the same functions again for each model, drafter and k
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
-            self.step = torch.compile(pieces.step, fullgraph=True, dynamic=False)
-            self.verify = torch.compile(pieces.verify, fullgraph=True, dynamic=False)
+            compiled = partial(torch.compile, fullgraph=True, dynamic=False)
+            for member, (step, verify) in self.pieces.items():
+                self.pieces[member] = compiled(step), compiled(verify)
+        self.prefill = Round(model, self.drafter, sampling, self.token, self.pos).prefill
         if compile_prefill:
-            self.prefill = torch.compile(pieces.prefill, fullgraph=True, dynamic=True)
+            self.prefill = torch.compile(self.prefill, fullgraph=True, dynamic=True)
         self.random = self.make_generator(device, seed)
-        self.stats = Stats(0, [])  # of the last generation
-        self.late = int(device.type == "cuda")  # rounds in flight while the host reads an earlier one
+        self.stats = Stats(0, {})  # of the last generation
+        self.late = 0  # rounds in flight while the host reads an earlier one
+        if device.type == "cuda" and not self.drafter.reads_text:
+            self.late = 1
         self.graphed = compile and device.type == "cuda"
-        self.graph: Any = None  # (CUDA graph of a round, its result (K+2,), the caches it was recorded with)
+        self.graphs: dict[Drafter, Any] = {}  # (CUDA graph of a round, its result (K+2,), the caches it has) of each
 
     def make_generator(self, device: torch.device, seed: int | None) -> torch.Generator:
         """Random numbers on the device; without a seed different each time, but the same on all processes."""
@@ -271,21 +284,20 @@ class Decoder:
             return None
         return torch.rand(count, dtype=torch.float64, device=self.pos.device, generator=self.random)
 
-    def round(self, on_draft: Callable | None = None) -> Tensor:
-        """Draft K tokens and verify them, without asking the device for anything. Returns (K+2,) as `Round.verify`
-        does.
-        """
-        u = self.uniform(2 * self.K + 1)
-        drafting, deciding = (None, None) if u is None else (u[: self.K], u[self.K :])
-        tokens, states, probs = self.drafter.draft(self.step, self.token, self.pos, drafting)
-        if on_draft and self.K:
+    def round(self, drafter: Drafter, on_draft: Callable | None = None) -> Tensor:
+        """Draft tokens and verify them, without asking the device for anything. Returns what `Round.verify` does."""
+        (step, verify), k = self.pieces[drafter], drafter.k
+        u = self.uniform(2 * k + 1)
+        drafting, deciding = (None, None) if u is None else (u[:k], u[k:])
+        tokens, states, probs = drafter.draft(step, self.token, self.pos, drafting)
+        if on_draft and k:
             on_draft(tokens[0, 1:].tolist())
-        return self.verify(tokens, states, probs, self.pos, deciding)
+        return verify(tokens, states, probs, self.pos, deciding)
 
-    def record(self) -> None:
+    def record(self, drafter: Drafter) -> None:
         """Record a round as one CUDA graph, unless that is done and the caches are where they were."""
         caches = [m.layers[0].attention.k_cache for m in self.models]
-        if self.graph and all(a is b for a, b in zip(self.graph[2], caches, strict=True)):
+        if drafter in self.graphs and all(a is b for a, b in zip(self.graphs[drafter][2], caches, strict=True)):
             return
         random = self.random.get_state()
         side = torch.cuda.Stream(self.pos.device)
@@ -296,25 +308,25 @@ class Decoder:
             for m in self.models:  # these rounds write to the first rows
                 m.cached_ids = []
             for _ in range(2):  # compiles, tunes and allocates
-                self.round()
+                self.round(drafter)
         torch.cuda.current_stream(self.pos.device).wait_stream(side)
         self.random.set_state(random)  # the same seed draws the same tokens without a graph
         graph = torch.cuda.CUDAGraph()
         if self.sampling.temperature > 0:
             graph.register_generator_state(self.random)  # each replay draws new numbers
         with torch.cuda.graph(graph):
-            out = self.round()
-        self.graph = graph, out, caches
+            out = self.round(drafter)
+        self.graphs[drafter] = graph, out, caches
 
-    def launch(self, on_draft: Callable | None = None) -> Callable[[], list[int]]:
+    def launch(self, drafter: Drafter, on_draft: Callable | None = None) -> Callable[[], list[int]]:
         """Start a round. Returns a function that waits until it is done and gives the result of `Round.verify` as a
         list.
         """
         if self.graphed and not on_draft:
-            graph, out, _ = self.graph
+            graph, out, _ = self.graphs[drafter]
             graph.replay()
         else:
-            out = self.round(on_draft)
+            out = self.round(drafter, on_draft)
         if out.device.type != "cuda":
             return out.tolist
         host = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
@@ -395,14 +407,16 @@ class Decoder:
         """
         self.check_prompt(prompt)
         limit = min(max_new_tokens, self.rows - len(prompt) + 1)
-        stats = self.stats = Stats(len(prompt), [0] * (self.K + 1))
+        stats = self.stats = Stats(len(prompt), {member.name: [0] * (self.K + 1) for member in self.pieces})
         if limit < 1:
             return
         if self.graphed:
-            self.record()
+            for member in self.pieces:
+                self.record(member)
         began = time.perf_counter()
         out = [self.start_text(prompt, reuse)]
         stats.prefill_seconds = time.perf_counter() - began
+        self.drafter.begin(prompt)
         try:
             yield from self.rounds(out, limit, eos_ids, on_draft)
         finally:
@@ -414,8 +428,9 @@ class Decoder:
         """Yield the tokens `out` and those of the rounds that follow, `limit` in all."""
         stats, began = self.stats, time.perf_counter()
         late = 0 if on_draft else self.late
-        pending: deque[Callable[[], list[int]]] = deque()  # rounds started and not read
+        pending: deque[tuple[Drafter, Callable[[], list[int]]]] = deque()  # rounds started and not read
         while True:
+            self.drafter.observe(out)
             for token in out:
                 stats.tokens.append(token)
                 yield token
@@ -424,11 +439,13 @@ class Decoder:
             while (
                 len(pending) <= late and len(stats.tokens) + len(pending) < limit
             ):  # each round in flight brings a token or more
-                pending.append(self.launch(on_draft))
-            *out, accepted = pending.popleft()()  # the one place where the host waits
+                drafter = self.drafter.pick()
+                pending.append((drafter, self.launch(drafter, on_draft)))
+            drafter, read = pending.popleft()
+            *out, accepted = read()  # the one place where the host waits
             self.check_finite(accepted >= 0)
             stats.decode_seconds = time.perf_counter() - began
-            stats.accept_counts[accepted] += 1
+            stats.rounds[drafter.name][accepted] += 1
             out = out[: accepted + 1]
 
     # The byte model: decoding reads every weight once a pass, so bytes are the currency.
@@ -437,15 +454,28 @@ class Decoder:
         """Bytes of weights that this process reads in one pass of the whole target."""
         return weight_bytes(*self.model.layers, self.model.norm, self.model.head)
 
-    def bytes_per_round(self) -> int:
-        """Bytes of weights that this process reads in one round, drafting and one full pass."""
-        return self.full_bytes() + self.drafter.bytes_per_round()
+    def bytes_read(self, rounds: Rounds) -> int:
+        """Bytes of weights that this process reads in these rounds (see `Stats`): drafting and full passes."""
+        full = self.full_bytes()
+        return sum(sum(rounds[member.name]) * (full + member.bytes_per_round()) for member in self.pieces)
 
-    def ideal_speedup(self, mean_accepted: float) -> float:
-        """Speed over plain decoding if time were bytes: (1 + mean accepted) / (K d + 1), d a drafting step's share of
-        a pass.
+    def ideal_speedup(self, rounds: Rounds) -> float:
+        """Speed over plain decoding of these rounds (see `Stats`) if time were bytes: each token that they emitted
+        would have been a full pass.
         """
-        return (1 + mean_accepted) * self.full_bytes() / self.bytes_per_round()
+        counts = total_counts(rounds.values())
+        emitted = sum((i + 1) * count for i, count in enumerate(counts))
+        return emitted * self.full_bytes() / self.bytes_read(rounds) if emitted else 1.0
+
+
+def total_counts(counts: Iterable[Sequence[int]]) -> list[int]:
+    """The sum of several accept counts of the same length."""
+    return [sum(each) for each in zip(*counts, strict=True)]
+
+
+def total_rounds(rounds: Sequence[Rounds]) -> Rounds:
+    """The sum of what several generations of one Decoder did."""
+    return {name: total_counts(each[name] for each in rounds) for name in rounds[0]}
 
 
 def acceptance(counts: Sequence[float]) -> tuple[list[float], float]:
@@ -818,6 +848,21 @@ def add_speculation(p: argparse.ArgumentParser) -> None:
     add = p.add_argument_group("speculation", about).add_argument
     add("--self_speculative", action="store_true", help="draft with the first layers of the model itself")
     add(
+        "--draft_precision",
+        choices=["same", "int8", "int4"],
+        default="same",
+        help="draft with the layers themselves, or with a copy of them in int8 or int4, made in memory. A copy reads "
+        "less and may have all layers, so that a model without early exits gains too (default: %(default)s)",
+    )
+    add(
+        "--draft",
+        choices=["ngram"],
+        help="draft what followed the last occurrence of the text's last tokens; with --self_speculative the model "
+        "drafts where there is none",
+    )
+    add("--ngram_k", type=int, metavar="K", help=f"tokens in an n-gram draft (default: {NGRAM_K})")
+    add("--ngram_max", type=int, default=3, metavar="N", help="look up the last N tokens or fewer (default: 3)")
+    add(
         "--generation_strategy",
         choices=["autoregressive", "self_speculative"],
         help="the LayerSkip repository's spelling of --self_speculative",
@@ -827,15 +872,15 @@ def add_speculation(p: argparse.ArgumentParser) -> None:
         "--exit_layer",
         type=int_or_auto,
         metavar="E",
-        help="draft with this many layers (default: a quarter of them); auto: see below",
+        help="draft with this many layers (default: a quarter of them; with --draft_precision int8 or int4: all); "
+        "auto: see below",
     )
     add(
         "--speculate_k",
         "--num_speculations",
         type=int_or_auto,
-        default=4,
         metavar="K",
-        help="draft this many tokens per round (default: %(default)s). auto for E and K takes the fastest "
+        help=f"draft this many tokens per round (default: {SPECULATE_K}). auto for E and K takes the fastest "
         "that scripts/sweep.py has stored with the checkpoint. Without one, or with auto for one of them, a short "
         "calibration decides. Either may choose plain decoding",
     )
@@ -908,9 +953,7 @@ def check_together(args: argparse.Namespace) -> None:
         raise InputError("--self_speculative and --generation_strategy autoregressive contradict each other")
     if args.model and args.checkpoint_path:
         raise InputError("--model and --checkpoint_path both name a checkpoint: give one")
-    if not args.self_speculative and (args.early_exit is not None or args.speculate_k == "auto"):
-        option = "speculate_k auto" if args.early_exit is None else "early_exit"
-        raise InputError(f"--{option} is for --self_speculative: give both")
+    check_drafting(args)
     if args.draft_checkpoint_path and "auto" in (args.early_exit, args.speculate_k):
         raise InputError("auto chooses between layers of the model itself: leave out --draft_checkpoint_path")
     prompted = args.prompt is not None or args.prompt_file
@@ -924,16 +967,37 @@ def check_together(args: argparse.Namespace) -> None:
         raise InputError("--chat: needs --prompt TEXT, what the user says, or --interactive")
 
 
+def check_drafting(args: argparse.Namespace) -> None:
+    """Raise InputError for options of a drafter that is not asked for."""
+    if not args.self_speculative:
+        for option in ("early_exit", "draft_precision"):
+            if getattr(args, option) not in (None, "same"):
+                raise InputError(f"--{option} is for --self_speculative: give both")
+        if args.speculate_k == "auto":
+            raise InputError("--speculate_k auto is for --self_speculative: give both")
+        if args.draft and args.speculate_k:
+            raise InputError("--speculate_k is for drafts by a model; the length of n-gram drafts is --ngram_k")
+    if args.ngram_k is not None and not args.draft:
+        raise InputError("--ngram_k is for --draft ngram: give both")
+
+
 def make_decoder(args: argparse.Namespace, model: Transformer, draft_model: Transformer | None, rows: int) -> Decoder:
     exit_layer = None
     if args.self_speculative:
-        exit_layer = model.config.default_exit if args.early_exit is None else args.early_exit
+        exit_layer = default_exit(args, model) if args.early_exit is None else args.early_exit
+    ngram_k = 0
+    if args.draft == "ngram":
+        ngram_k = NGRAM_K if args.ngram_k is None else args.ngram_k
+        check_length("ngram_k", ngram_k)  # 0 is none
     return Decoder(
         model,
         exit_layer=exit_layer,
         draft_model=draft_model,
-        k=args.speculate_k,
+        k=SPECULATE_K if args.speculate_k is None else args.speculate_k,
         draft_head=args.draft_head,
+        draft_precision=args.draft_precision,
+        ngram_k=ngram_k,
+        ngram_max=args.ngram_max,
         sampling=Sampling(args.temperature, args.top_k, args.top_p),
         rows=rows,
         compile=args.compile,
@@ -942,12 +1006,17 @@ def make_decoder(args: argparse.Namespace, model: Transformer, draft_model: Tran
     )
 
 
+def default_exit(args: argparse.Namespace, model: Transformer) -> int:
+    """Where drafting ends if no exit is named."""
+    return model.config.default_exit if args.draft_precision == "same" else model.config.n_layer
+
+
 def settle_auto(args: argparse.Namespace, path: Path, model: Transformer, prompt: list[int], shard: Shard) -> None:
     """Replace auto in the arguments by the fastest exit layer and draft length, or by plain decoding if that is
     faster; says which, and how it knows. What the first process measures is what all take.
     """
-    exit_layer = model.config.default_exit if args.early_exit is None else args.early_exit
-    exit_layer, k = (None if value == "auto" else value for value in (exit_layer, args.speculate_k))
+    exit_layer = None if args.early_exit == "auto" else args.early_exit or default_exit(args, model)
+    k = None if args.speculate_k == "auto" else args.speculate_k or SPECULATE_K
 
     def build(exit_layer: int | None, k: int, rows: int) -> Decoder:
         own = dict(self_speculative=exit_layer is not None, early_exit=exit_layer, speculate_k=k)
@@ -1014,6 +1083,7 @@ def run_samples(
                 prefill_seconds=stats.prefill_seconds,
                 decode_seconds=stats.decode_seconds,
                 tokens_per_second=stats.tokens_per_second,
+                rounds=stats.rounds,
                 accept_counts=stats.accept_counts,
             )
         )
@@ -1024,10 +1094,10 @@ def make_report(
     samples: list[dict], decoder: Decoder, compile_seconds: float, args: argparse.Namespace, shard: Shard
 ) -> dict:
     """Everything measured, as JSON has it."""
-    counts = [sum(each) for each in zip(*(sample["accept_counts"] for sample in samples), strict=True)]
-    probs, mean_accepted = acceptance(counts)
+    rounds = total_rounds([sample["rounds"] for sample in samples])
+    probs, mean_accepted = acceptance(total_counts(rounds.values()))
     decode_seconds = sum(sample["decode_seconds"] for sample in samples)
-    read = sum(counts) * decoder.bytes_per_round()
+    read = decoder.bytes_read(rounds)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     settings |= {"exit_layer": decoder.exit_layer, "processes": shard.size, "torch": torch.__version__}
     return dict(
@@ -1037,7 +1107,9 @@ def make_report(
         mean_accepted=mean_accepted,
         memory_gb=max(shard.gather(peak_memory_gb(args.device))),
         bandwidth_gb_per_s=read / decode_seconds / 1e9 if decode_seconds else 0.0,
-        ideal_speedup=decoder.ideal_speedup(mean_accepted),
+        rounds=rounds,
+        draft_copy_bytes=decoder.drafter.extra_bytes(),
+        ideal_speedup=decoder.ideal_speedup(rounds),
         compile_seconds=compile_seconds,
         settings=settings,
     )
@@ -1048,12 +1120,22 @@ def print_report(report: dict, drafted: bool, shard: Shard) -> None:
     print("=" * 10)
     print({"tokens_per_sec": rates, "accept_counts": [sample["accept_counts"] for sample in report["samples"]]})
     if drafted:
+        print_drafters(report)
         print(f"Acceptance probs: {report['acceptance_probs']}\nMean Accepted: {report['mean_accepted']}")
         print(f"Ideal speedup for these acceptances: {report['ideal_speedup']:.2f}x (if time were bytes of weights)")
     print(f"Average tokens/sec: {statistics.mean(rates):.2f} (median {report['tokens_per_second']:.2f})")
     each, most = (" by each process", " by each process at most") if shard.size > 1 else ("", "")
     print(f"Bandwidth achieved: {report['bandwidth_gb_per_s']:.2f} GB/s of weights{each}")
     print(f"Memory used: {report['memory_gb']:.2f} GB{most}")
+
+
+def print_drafters(report: dict) -> None:
+    """What each of several drafters did, and what a copy of weights takes."""
+    if len(report["rounds"]) > 1:
+        for name, counts in report["rounds"].items():
+            print(f"{name}: {sum(counts)} rounds, {acceptance(counts)[1]:.2f} drafts accepted on average")
+    if report["draft_copy_bytes"]:
+        print(f"Copy that drafts: {report['draft_copy_bytes'] / 1e6:.1f} MB")
 
 
 def main(argv: list[str] | None = None) -> None:

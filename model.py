@@ -7,6 +7,7 @@ H query heads, G key/value heads, C head width, F feed-forward width, L layers.
 import json
 import math
 from collections.abc import Callable
+from copy import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import kernels
 from command import InputError, check_memory
-from kernels import cpu
+from kernels import cpu, formats
 from kernels.formats import GROUPSIZES
 
 # The kinds of RoPE scaling, by the names that config.json has for them, and the numbers that each wants.
@@ -108,8 +109,9 @@ class ModelConfig:
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Inverse wavelengths (C/2,) in radians per position, float32; RoFormer (2104.09864), stretched as LongChat
-    (linear) or Llama 3.1 (llama3) do.
+    """How far each pair of components turns from one position to the next: (C/2,) radians, float32.
+
+    RoFormer (2104.09864); slowed down for longer contexts as LongChat (linear) or Llama 3.1 (llama3) do.
     """
     inv = config.rope_theta ** -(
         torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
@@ -187,15 +189,40 @@ class Linear(nn.Module):
             setattr(self, name, nn.Parameter(part, requires_grad=False) if name in self._parameters else part)
 
     def pieces(self, whole: Tensor) -> list[Tensor]:
-        """Of a tensor of the whole matrix (weight, scale or zero) views that one below the other are this part's."""
+        """Views of a tensor (weight, scale or zero) of the whole matrix; one below the other they are this part's."""
         if whole.dim() == 2:
             # An element stands for several columns: two in int4's bytes, a group in its scales.
             width = self.inputs // whole.shape[1]
             whole = whole[:, self.columns[0] // width : self.columns[1] // width]
         return [whole[begin:end] for begin, end in self.rows]
 
+    def rounded(self, quantization: str) -> "Linear":
+        """A copy whose weights are rounded to int8, or to int4 in groups of 64 (or 32, where 64 doesn't divide K)."""
+        twin = Linear(self.inputs, 0, "int8")
+        twin.combine = self.combine
+        weight = self.weight
+        if self.scale is not None:
+            weight = formats.dequantize(weight, self.scale, self.zero, torch.float32)
+        groupsize = 32 if weight.shape[1] % 64 else 64
+        twin.weight, twin.scale, twin.zero = formats.round_weight(weight, quantization, groupsize)
+        return twin
+
     def forward(self, x: Tensor) -> Tensor:
         return self.combine(kernels.linear(x, self.weight, self.scale, self.zero))
+
+
+def rounded(module: nn.Module, quantization: str) -> Any:
+    """A copy of a module whose products are rounded to int8 or int4.
+
+    It shares all else with the module, its caches too: what the one writes there, the other reads.
+    """
+    if isinstance(module, Linear):
+        return module.rounded(quantization)
+    twin = copy(module)  # has the module's own dictionaries of parameters, buffers and modules
+    twin._modules = {}
+    for name, child in module.named_children():
+        twin._modules[name] = rounded(child, quantization)
+    return twin
 
 
 class RMSNorm(nn.Module):
@@ -298,6 +325,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config  # of the whole model
         self.shard: Any = None  # the tp.Shard whose part of it this is
+        self.copies: dict[tuple[nn.Module, str], Any] = {}  # what `rounded_copy` has made
         self.cached_ids: list[int] = []  # of the text whose rows the caches hold, as far as a Decoder knows
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -314,6 +342,14 @@ class Transformer(nn.Module):
         if self.shard:
             (own,) = self.head.pieces(self.embed.weight)  # a view: no memory of its own
             self.head.weight = nn.Parameter(own, requires_grad=False)
+
+    @torch.no_grad()
+    def rounded_copy(self, module: nn.Module, quantization: str) -> Any:
+        """A copy of a layer or of the head, see `rounded`; made once and kept."""
+        key = module, quantization
+        if key not in self.copies:
+            self.copies[key] = rounded(module, quantization)
+        return self.copies[key]
 
     def setup_caches(self, rows: int, batch: int = 1) -> None:
         """See to KV caches of at least `rows` positions in every layer, in the weights' dtype and on their device."""
@@ -360,8 +396,11 @@ class Transformer(nn.Module):
         """
         if start == 0:
             x = self.embed(x)
+        return self.run(self.layers[start:stop], x, pos)
+
+    def run(self, layers: Any, x: Tensor, pos: Tensor | None) -> Tensor:
+        """Run these layers, the model's own or copies of them, on hidden states x (B, T, D), as `forward` does."""
         pos, rope, cached = self.positions(x.shape[1], pos)
-        layers = self.layers[start:stop]
         if cached and kernels.backend(x, x.shape[0] * x.shape[1]) == "cpu":
             return run_layers(layers, x, pos, rope, self.shard)
         for layer in layers:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from checkpoint import check_state, expected_tensors, load_config, read_state, release, saved
 from command import InputError, check_device, run_command
-from kernels.formats import GROUPSIZES, dequantize, int4_groups, int4_range, int4_round, int8_rows, pack
+from kernels.formats import GROUPSIZES, dequantize, int4_range, int4_round, int8_rows, pack, round_weight
 from model import Block, Linear, ModelConfig, Transformer
 from tokenizer import Tokenizer
 
@@ -75,14 +75,14 @@ def quantize(
     w: Tensor, quantization: str, groupsize: int, hessian: Tensor | None = None, act_order: bool = False
 ) -> State:
     """A Linear's "weight", "scale" and, for int4, "zero" for w (N, K), in the format that Linear chooses."""
-    if quantization == "int8" or w.shape[1] % groupsize:
-        weight, scale = int8_rows(w)
-        return {"weight": weight, "scale": scale}
-    if hessian is None:
-        weight, scale, zero = int4_groups(w, groupsize)
+    if hessian is None or w.shape[1] % groupsize:
+        weight, scale, zero = round_weight(w, quantization, groupsize)
     else:
         weight, scale, zero = gptq(w, hessian, groupsize, act_order)
-    return {"weight": weight, "scale": scale, "zero": zero}
+    tensors = {"weight": weight, "scale": scale}
+    if zero is not None:
+        tensors["zero"] = zero
+    return tensors
 
 
 def observe(block: Block, linears: dict[str, Linear], inputs: Inputs) -> dict[str, Tensor]:

@@ -154,16 +154,10 @@ def predict(
 
 def text_counts(chances: list[Chances], exit_layer: int, k: int, lengths: list[int]) -> list[float]:
     """Accept counts (K+1,) to expect of all texts together. chances and lengths: of each text."""
-    total = [0.0] * (k + 1)
+    total = np.zeros(k + 1)
     for chance, length in zip(chances, lengths, strict=True):
-        counts = expected_counts(chance[exit_layer], k, length)
-        total = add_counts(total, counts)
-    return total
-
-
-def add_counts(counts: Sequence[float], more: Sequence[float]) -> list[float]:
-    """The sum of two generations' accept counts (K+1,)."""
-    return [a + b for a, b in zip(counts, more, strict=True)]
+        total += expected_counts(chance[exit_layer], k, length)
+    return total.tolist()
 
 
 def time_corners(

@@ -12,7 +12,7 @@ GROUPSIZES = (32, 64, 128, 256)
 
 
 def int8_rows(w: Tensor) -> tuple[Tensor, Tensor]:
-    """w (N, K) as int8 (N, K) and float32 scales (N,). The largest weight of a row is 127 scales."""
+    """w (N, K) as int8 (N, K) and float32 scales (N,). A row's largest weight becomes 127 or -127."""
     parts = w.split(8192)  # rows at a time, to need little memory beside w
     scale = torch.cat([part.abs().amax(1) for part in parts]).float().clamp(min=1e-12) / 127
     rounded = []
@@ -46,6 +46,17 @@ def int4_groups(w: Tensor, groupsize: int) -> tuple[Tensor, Tensor, Tensor]:
     scale, zero = int4_range(groups)
     q = int4_round(groups, scale[..., None], zero[..., None])  # (N, G, groupsize)
     return pack(q.flatten(1)), scale, zero
+
+
+def round_weight(w: Tensor, quantization: str, groupsize: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """w (N, K) as (weight, scale, zero), each weight rounded to the nearest.
+
+    quantization: "int8", or "int4" in groups of groupsize, which becomes int8 where they don't divide K. int8 has no
+    zero.
+    """
+    if quantization == "int8" or groupsize is None or w.shape[1] % groupsize:
+        return *int8_rows(w), None
+    return int4_groups(w, groupsize)
 
 
 def dequantize(w: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -32,10 +32,9 @@ import tasks
 from checkpoint import empty_model
 from command import InputError, check_writable, run_command
 from drafters import SelfDrafter
-from generate import Decoder, acceptance, load, peak_memory_gb
+from generate import Decoder, acceptance, load, peak_memory_gb, total_counts, total_rounds
 from model import Linear, ModelConfig, RMSNorm, Transformer
 from tokenizer import Tokenizer
-from tune import add_counts
 
 # vocab_size, dim, n_layer, n_head, n_kv_head, head_dim, intermediate_size, context, tied
 SHAPES = {
@@ -141,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     table = summarize(args, work, decoders, results.rows, compile_seconds, bandwidth)
     if args.out:
         tasks.write_csv(f"{args.out}.csv", table)
-    print_heading(args, work, decoders[0].bytes_per_round(), bandwidth, pass_seconds)
+    print_heading(args, work, decoders[0].full_bytes(), bandwidth, pass_seconds)
     print_table(table)
     print_acceptance(fastest(table))
     if args.score:
@@ -343,7 +342,7 @@ def decode(decoder: Decoder, prompt: list[int], max_new_tokens: int) -> tasks.Ro
     stats = decoder.stats
     return dict(
         tokens=tokens,
-        accept_counts=stats.accept_counts,
+        rounds=stats.rounds,
         prefill_seconds=stats.prefill_seconds,
         decode_seconds=stats.decode_seconds,
     )
@@ -377,13 +376,14 @@ def summarize_decoder(
 ) -> tasks.Row:
     """Speed, acceptance and bandwidth of decoder number i. prompts: how many there are."""
     runs = [result["decoded"][i] for result in results]
-    counts = functools.reduce(add_counts, map(itemgetter("accept_counts"), runs))
+    rounds = total_rounds([run["rounds"] for run in runs])
+    counts = total_counts(rounds.values())
     probs, mean = acceptance(counts)
     own_seconds = seconds_of(results, i, prompts)
     speedup, low, high = tasks.compare(seconds_of(results, 0, prompts), own_seconds)
     seconds = tasks.typical(own_seconds)
     rate = prompts * (args.max_new_tokens - 1) / seconds  # the prompt's pass gives each text's first token
-    used = decoder.bytes_per_round() * sum(counts) / args.repeats / seconds  # bytes per second
+    used = decoder.bytes_read(rounds) / args.repeats / seconds  # bytes per second
     return dict(
         exit_layer=decoder.exit_layer,
         k=decoder.K,
@@ -392,7 +392,7 @@ def summarize_decoder(
         speedup=speedup,
         speedup_low=low,
         speedup_high=high,
-        ideal_speedup=decoder.ideal_speedup(mean),
+        ideal_speedup=decoder.ideal_speedup(rounds),
         mean_accepted=mean,
         acceptance_probs=probs,
         acceptance_by_position=by_position(counts),

@@ -13,7 +13,7 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ from tqdm import tqdm
 import tasks
 import tune
 from command import check_writable, run_command
-from generate import Decoder, Stats, acceptance, load
+from generate import Decoder, Stats, acceptance, load, total_counts, total_rounds
 from model import Transformer
-from tune import Build, Cell, add_counts
+from tune import Build, Cell
 
 PREDICTED_CELLS = 3  # how many of the cells that look best --predict measures
 TIMED_REPEATS = 15  # how often --predict times a round
@@ -129,15 +129,15 @@ def measure(plain: Decoder, decoder: Decoder, prompts: list[list[int]], tokens: 
     tasks.warm_up(decoder, prompts[0])
     plain_seconds = np.zeros((len(prompts), repeats))
     seconds = np.zeros((len(prompts), repeats))
-    counts: Sequence[float] = [0] * (decoder.K + 1)
+    rounds = []
     for repeat in range(repeats):
         for i, prompt in enumerate(prompts):
             plain_seconds[i, repeat] = decode(plain, prompt, tokens).decode_seconds
             stats = decode(decoder, prompt, tokens)
             seconds[i, repeat] = stats.decode_seconds
-            counts = add_counts(counts, stats.accept_counts)
+            rounds.append(stats.rounds)
     speedup, low, high = tasks.compare(plain_seconds, seconds)
-    mean = acceptance(counts)[1]
+    total = total_rounds(rounds)
     decoded = len(prompts) * (tokens - 1)  # the prompt's pass gives each text's first token
     return dict(
         exit_layer=decoder.exit_layer,
@@ -147,8 +147,8 @@ def measure(plain: Decoder, decoder: Decoder, prompts: list[list[int]], tokens: 
         speedup=speedup,
         speedup_low=low,
         speedup_high=high,
-        ideal_speedup=decoder.ideal_speedup(mean),
-        mean_accepted=mean,
+        ideal_speedup=decoder.ideal_speedup(total),
+        mean_accepted=acceptance(total_counts(total.values()))[1],
         seconds=time.perf_counter() - began,
     )
 

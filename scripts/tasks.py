@@ -375,9 +375,10 @@ def make_decoder(
     exit_layer: int | None = None,
     k: int = 0,
     drafter: Drafter | None = None,
+    **options: Any,
 ) -> Decoder:
-    """A Decoder as the options describe it, plain if exit_layer is None. rows: positions that its caches have.
-    drafter: one to take instead.
+    """A Decoder as the arguments describe it, plain if exit_layer is None. rows: positions that its caches have.
+    drafter: one to take instead; options: more of `make_drafter`.
     """
     return Decoder(
         model,
@@ -385,6 +386,7 @@ def make_decoder(
         exit_layer=exit_layer,
         k=k,
         draft_head=args.draft_head,
+        **options,
         sampling=sampling(args),
         rows=rows,
         compile=args.compile,

@@ -46,7 +46,7 @@ def test_the_host_does_not_wait_for_a_round_which_is_one_launch(model, how, samp
         with torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         ) as profile:
-            rounds = [decoder.launch() for _ in range(6)]
+            rounds = [decoder.launch(decoder.drafter) for _ in range(6)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len({tuple(r()) for r in rounds}) > 1 or sampling.temperature == 0  # each replay draws new numbers

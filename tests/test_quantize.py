@@ -75,7 +75,7 @@ def exact_int4(weight, scale, zero):
 @pytest.mark.parametrize("groupsize", [32, 64])
 def test_int4_round_trip(groupsize):
     w = torch.randn(7, 192, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 1, 7)[:, None] + 0.01
-    weight, scale, zero = q.int4_groups(w, groupsize)
+    weight, scale, zero = formats.int4_groups(w, groupsize)
     assert (weight.shape, weight.dtype, scale.shape, scale.dtype, zero.shape) == (
         (7, 96),
         torch.uint8,
@@ -97,7 +97,7 @@ def test_int4_round_trip(groupsize):
 
 def test_constant_groups_survive():
     w = torch.tensor([[0.0] * 32 + [3.0] * 32])
-    assert torch.allclose(formats.dequantize(*q.int4_groups(w, 32), torch.float32), w, atol=1e-6)
+    assert torch.allclose(formats.dequantize(*formats.int4_groups(w, 32), torch.float32), w, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -106,7 +106,10 @@ def test_constant_groups_survive():
 def test_int4_linear(m, n, k, groupsize, dtype):
     assert cpu.prepare()
     g = torch.Generator().manual_seed(m * n + k)
-    x, tensors = torch.randn(1, m, k, generator=g).to(dtype), q.int4_groups(torch.randn(n, k, generator=g), groupsize)
+    x, tensors = (
+        torch.randn(1, m, k, generator=g).to(dtype),
+        formats.int4_groups(torch.randn(n, k, generator=g), groupsize),
+    )
     w = exact_int4(*tensors)
     with torch.inference_mode():
         y = kernels.linear(x, *tensors)
@@ -125,7 +128,7 @@ def test_gpu_int4_linear(m, n, k, groupsize):
     assert cuda.triton, "Triton must be installed where the tests run"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     g = torch.Generator().manual_seed(k)
-    x, tensors = torch.randn(1, m, k, generator=g), q.int4_groups(torch.randn(n, k, generator=g), groupsize)
+    x, tensors = torch.randn(1, m, k, generator=g), formats.int4_groups(torch.randn(n, k, generator=g), groupsize)
     w = exact_int4(*tensors)
     with torch.inference_mode():
         y = cuda.linear(x.to(device), *(t.to(device) for t in tensors)).cpu()
@@ -141,12 +144,12 @@ def test_gptq_beats_rounding(act_order):
     def error(tensors):
         return ((exact_int4(*tensors) - w.double()) @ x.double().T).norm()
 
-    assert error(q.gptq(w, x.T @ x, 32, act_order)) < 0.8 * error(q.int4_groups(w, 32))
+    assert error(q.gptq(w, x.T @ x, 32, act_order)) < 0.8 * error(formats.int4_groups(w, 32))
 
 
 def test_gptq_with_uncorrelated_inputs_is_rounding():
     w = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
-    ours, plain = q.gptq(w, torch.eye(64), 32), q.int4_groups(w, 32)
+    ours, plain = q.gptq(w, torch.eye(64), 32), formats.int4_groups(w, 32)
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=False))
 
 
@@ -199,7 +202,7 @@ def test_bytes_are_those_of_the_file(quantized, checkpoint_path):
     state = torch.load(quantized("int4"), weights_only=True)
     read = sum(t.nbytes for name, t in state.items() if name != "embed.weight")
     norms = sum(t.nbytes for name, t in state.items() if "norm" in name)
-    assert Decoder(load_model(quantized("int4"))).bytes_per_round() == read + norms * (
+    assert Decoder(load_model(quantized("int4"))).full_bytes() == read + norms * (
         4 // state["norm.weight"].itemsize - 1
     )
 
