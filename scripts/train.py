@@ -38,10 +38,11 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from checkpoint import load_model, read_state, save_checkpoint
-from command import InputError, check_device
+from command import InputError
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 from tp import Shard, run_command, start
+from train_options import add_options, check_args, default_precision
 
 # Sizes: L layers, each with an exit; B sequences per step over all processes, b of them in this one; T tokens in a
 # sequence; D numbers in a hidden state; V tokens in the vocabulary.
@@ -612,6 +613,17 @@ class TrainState:
         return state["step"]
 
 
+def check_folder(out: Path, resume: bool) -> None:
+    """Raise InputError unless the run can begin in the folder, or resume there."""
+    state = out / STATE_FILE
+    if resume and not state.is_file():
+        raise InputError(f"--resume: {state} not found; start the run without --resume")
+    if not resume and state.is_file():
+        raise InputError(f"{out}: holds an unfinished run; pass --resume to go on with it, or delete {state}")
+    if not resume and (out / "model.pth").is_file():
+        raise InputError(f"--out {out}: holds a finished checkpoint; name another folder")
+
+
 def fixed_settings(args: argparse.Namespace, training_tokens: int) -> dict[str, str]:
     """What a run that resumes must share with the interrupted one."""
     settings = {name: str(value) for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
@@ -699,166 +711,6 @@ def print_table(path: Path, result: Evaluation) -> None:
     print("exit   loss  agreement with the last layer")
     for number, (loss, share) in enumerate(zip(result.losses, result.agreement, strict=True), 1):
         print(f"{number:4d}  {loss:.3f}  {share:.1%}")
-
-
-# Options.
-
-
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("data").add_argument
-    add("--data", nargs="+", required=True, help="text files, and folders with text files")
-    add("--include", default="*", help="take files of folders whose names match this pattern (default: %(default)s)")
-    add("--exclude", nargs="*", default=[], help="leave out files whose path in the folder matches a pattern")
-    add("--val_fraction", type=float, default=0.03, help="share of the files for validation (default: %(default)s)")
-    add("--tokenizer", type=Path, help="folder with a tokenizer (default: the checkpoint's, or a newly trained one)")
-    add("--vocab_size", type=int, default=4096, help="tokens of a newly trained tokenizer (default: %(default)s)")
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("model").add_argument
-    add("--checkpoint_path", type=Path, help="model.pth to continue from (default: train from scratch)")
-    add(
-        "--layers",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="take these layers of the checkpoint, counted from 1, in this order; "
-        "0 adds a new layer, at first without effect",
-    )
-    add("--n_layer", type=int, default=12, help="layers of a new model (default: %(default)s)")
-    add("--dim", type=int, default=320, help="width of a new model (default: %(default)s)")
-    add("--n_head", type=int, default=5, help="query heads of a new model (default: %(default)s)")
-    add("--n_kv_head", type=int, help="key/value heads of a new model (default: as many as --n_head)")
-    add("--intermediate_size", type=int, default=832, help="a new model's feed-forward width (default: %(default)s)")
-    add("--context", type=int, default=512, help="tokens per example, and a new model's context (default: %(default)s)")
-    add("--untied", action="store_true", help="give a new model's output head its own weights, not the embedding's")
-
-
-def add_recipe_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("recipe").add_argument
-    add("--max_dropout", type=float, default=0.1, help="p_max: how often to skip the last layer (default: %(default)s)")
-    add("--exit_scale", type=float, default=1.0, help="e_scale: weight of the early exits (default: %(default)s)")
-    add(
-        "--exit_power",
-        type=float,
-        help="weigh the early exits --exit_scale * (layer number)^this, and the last 1 (default: the paper's weights)",
-    )
-    add(
-        "--curriculum",
-        choices=["rotational", "gradual"],
-        default="rotational",
-        help="which exits are in the loss at a step (default: %(default)s)",
-    )
-    add("--rotation", type=int, default=4, help="R: rotational takes every R-th exit at a step (default: %(default)s)")
-
-
-def add_optimization_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("optimization").add_argument
-    add("--steps", type=int, default=4000, help="steps of the whole run (default: %(default)s)")
-    add("--batch_size", type=int, default=8, help="examples per step, over all processes (default: %(default)s)")
-    add(
-        "--optimizer",
-        choices=["adamw", "muon"],
-        default="adamw",
-        help="muon trains the layers' matrices, and leaves the rest to adamw (default: %(default)s)",
-    )
-    add("--lr", type=float, default=2e-3, help="peak learning rate; it ends at a tenth (default: %(default)s)")
-    add("--warmup", type=int, default=100, help="steps until the learning rate's peak (default: %(default)s)")
-    add("--weight_decay", type=float, default=0.1, help="decay of the matrices (default: %(default)s)")
-    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
-    add("--seed", type=int, default=0, help="same seed, same run (default: %(default)s)")
-
-
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("run").add_argument
-    dtypes = ["bfloat16", "float32"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--out", type=Path, required=True, help="checkpoint folder to write")
-    add("--resume", action="store_true", help="continue the interrupted run in --out, with the same settings")
-    add("--save_every", type=int, default=500, help="steps between saved states; 0: none (default: %(default)s)")
-    add("--eval_every", type=int, default=500, help="steps between validations; 0: none (default: %(default)s)")
-    add("--eval_tokens", type=int, default=20_000, help="tokens to use in those validations (default: %(default)s)")
-    add("--exit_layer", type=int, help="exit whose loss is shown on the way (default: a quarter of the way up)")
-    add("--device", default=device, help="such as cpu or cuda (default here: %(default)s)")
-    add("--precision", choices=dtypes, help="of the products, not the weights (default: bfloat16 where it is fast)")
-    add("--save_precision", choices=dtypes, default="bfloat16", help="of model.pth (default: %(default)s)")
-    add("--compile", action="store_true", help="compile the layers")
-    add("--fsdp", action="store_true", help="under torchrun: split the training state over the processes (FSDP2)")
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options as given; `train` checks them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_data_options(parser)
-    add_model_options(parser)
-    add_recipe_options(parser)
-    add_optimization_options(parser)
-    add_run_options(parser)
-    return parser.parse_args(argv)
-
-
-RANGES = {  # option: (smallest, largest value)
-    "steps": (1, math.inf),
-    "batch_size": (1, math.inf),
-    "context": (1, math.inf),
-    "n_layer": (1, math.inf),
-    "n_head": (1, math.inf),
-    "intermediate_size": (1, math.inf),
-    "rotation": (1, math.inf),
-    "vocab_size": (1, math.inf),
-    "warmup": (0, math.inf),
-    "save_every": (0, math.inf),
-    "eval_every": (0, math.inf),
-    "weight_decay": (0, math.inf),
-    "exit_scale": (0, math.inf),
-    "seed": (0, 2**40),
-    "max_dropout": (0, 1),
-    "val_fraction": (1e-4, 0.9),
-    "lr": (1e-12, math.inf),
-    "grad_clip": (1e-12, math.inf),
-    "eval_tokens": (1, math.inf),
-}
-
-
-def check_args(args: argparse.Namespace, world_size: int) -> None:
-    """Raise InputError for the first setting that can't be trained with."""
-    for name, (low, high) in RANGES.items():
-        value = getattr(args, name)
-        if not low <= value <= high:  # also where it is NaN
-            raise InputError(f"--{name} {value}: must be {low} to {high}")
-    if args.dim < 1 or args.dim % (2 * args.n_head):
-        raise InputError(f"--dim {args.dim}: must be an even multiple of --n_head {args.n_head}")
-    if args.n_kv_head is not None and (args.n_kv_head < 1 or args.n_head % args.n_kv_head):
-        raise InputError(f"--n_kv_head {args.n_kv_head}: must divide --n_head {args.n_head}")
-    if args.fsdp and world_size == 1:
-        raise InputError("--fsdp: needs several processes, which torchrun starts")
-    if args.fsdp and args.optimizer == "muon":
-        raise InputError("--fsdp: needs --optimizer adamw, as Muon needs whole matrices")
-    if args.layers and not args.checkpoint_path:
-        raise InputError("--layers: needs --checkpoint_path, the model that they come from; a new one has --n_layer")
-    if args.tokenizer:
-        Tokenizer.load(args.tokenizer)
-    check_device(args.device)
-    if args.batch_size % world_size:
-        raise InputError(f"--batch_size {args.batch_size} doesn't divide over {world_size} processes")
-
-
-def check_folder(out: Path, resume: bool) -> None:
-    """Raise InputError unless the run can begin in the folder, or resume there."""
-    state = out / STATE_FILE
-    if resume and not state.is_file():
-        raise InputError(f"--resume: {state} not found; start the run without --resume")
-    if not resume and state.is_file():
-        raise InputError(f"{out}: holds an unfinished run; pass --resume to go on with it, or delete {state}")
-    if not resume and (out / "model.pth").is_file():
-        raise InputError(f"--out {out}: holds a finished checkpoint; name another folder")
-
-
-def default_precision(device: str) -> str:
-    """bfloat16 where the processor multiplies it."""
-    if torch.device(device).type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "bfloat16"
-    return "float32"
 
 
 # The run.
@@ -1002,6 +854,13 @@ def train(args: argparse.Namespace) -> list[float]:
         train_state.path.unlink(missing_ok=True)
         print_table(args.out / "model.pth", result)
     return history
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options as given; `train` checks them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_options(parser)
+    return parser.parse_args(argv)
 
 
 def main() -> None:
