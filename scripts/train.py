@@ -835,7 +835,9 @@ def compute_gradients(
     batch = data.batch(step)  # (b, T + 1)
     keep = schedule.keep(step)  # (L, B)
     own = keep[:, data.rows]  # (L, b)
-    called = (keep if schedule.args.fsdp else own).any(1)  # (L,)
+    called = own.any(1)  # (L,)
+    if schedule.args.fsdp:
+        called = keep.any(1)
     weights = schedule.weights(step)  # (L,)
     with autocast:
         loss, losses = parallel(batch[:, :-1], batch[:, 1:], own, weights, called)
