@@ -226,7 +226,7 @@ def untie(config: ModelConfig, theirs: dict[str, Tensor]) -> ModelConfig:
     head, embedding = theirs.get("lm_head.weight"), theirs.get("model.embed_tokens.weight")
     if not config.tied or head is None or embedding is None or same_values(head, embedding):
         return config
-    print("note: config.json says that the head is the embedding, but the file has another head, which is taken")
+    print("note: config.json says that the head is the embedding, but the file has a head of its own, which is taken")
     return replace(config, tied=False)
 
 
