@@ -1,8 +1,8 @@
-"""Text to token ids and back, chat templates included: what transformers' AutoTokenizer makes of the same folder.
+"""Text to token ids and back, and chat templates. The results are those of transformers' AutoTokenizer.
 
-A tokenizer.json is read by the `tokenizers` library, and a sentencepiece tokenizer.model is turned into the same kind
-of object; which normalizer and pre-tokenizer it gets is decided as transformers 5 does, by the tokenizer class that
-the folder names. Llama 3's own tokenizer.model, a tiktoken file, is read by `tiktoken`.
+The `tokenizers` library reads a tokenizer.json. A sentencepiece tokenizer.model is turned into the same kind of object.
+The tokenizer class that the folder names decides about its normalizer and pre-tokenizer, as in transformers 5.
+Llama 3's own tokenizer.model is a tiktoken file, and `tiktoken` reads it.
 """
 
 import base64
@@ -24,9 +24,10 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 from tokenizers.processors import TemplateProcessing
 
-from command import InputError
+from command import InputError, first_line
 
-# The pattern that both Llama 3's tokenizer.json and the model card of its tiktoken file print; data of that format.
+# Where Llama 3 cuts a text into words. The same pattern is in its tokenizer.json and in the model card of its tiktoken
+# file. It belongs to the format.
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -51,45 +52,42 @@ NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of pieces in a sentencepiece mo
 
 
 class Tokenizer:
-    """What every kind of tokenizer has. `Tokenizer.load(folder)` gives the right one.
+    """What every kind of tokenizer has. `Tokenizer.load(folder)` gives the right kind."""
 
-    Attributes: vocab_size, the number of ids, those of added tokens included; core_size, that without them;
-    special_ids, the ids that no text shows; added, {text: id} of the tokens that are matched whole in a text; roles,
-    {"bos_token": text, ...}; bos_id and eos_id (None where there is no such token); template, the chat template (None
-    where there is none).
-    """
-
-    vocab_size: int
-    core_size: int
-    special_ids: frozenset[int]
-    added: dict[str, int]
-    roles: dict[str, str]
-    template: str | None
+    vocab_size: int  # number of ids, with added tokens
+    core_size: int  # number of ids, without added tokens
+    special_ids: frozenset[int]  # ids that a decoded text does not show
+    added: dict[str, int]  # {text: id} of the tokens that are always found whole in a text
+    roles: dict[str, str]  # {"bos_token": text, ...}
+    template: str | None  # the chat template
     folder: Path
-    model_size: int | None = None  # ids that the model beside it knows, once `check_model` was told
+    model_size: int | None = None  # number of ids that the model knows; `check_model` sets it
 
     @staticmethod
     def load(folder: str | Path) -> "Tokenizer":
         """The tokenizer in a checkpoint folder. Raises InputError if there is none or it can't be read."""
         folder = Path(folder)
-        model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
-        file = fast if fast.is_file() else model
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            file = folder / "tokenizer.model"
         if not file.is_file():
             raise InputError(f"{folder}: has neither tokenizer.json nor tokenizer.model")
         settings = Settings.read(folder)
         try:
-            if file == model and is_tiktoken(model):
+            if file.name == "tokenizer.model" and is_tiktoken(file):
                 return TiktokenTokenizer(folder, settings)
             return BackendTokenizer(folder, settings)
         except InputError:
             raise
-        except Exception as error:  # each library has errors of its own for a damaged file
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+        except Exception as error:  # each library has its own errors for a damaged file
+            reason = first_line(error, type(error).__name__)
             raise InputError(f"{file}: not a readable tokenizer ({reason})") from None
 
     def check_model(self, vocab_size: int) -> None:
-        """Raise InputError unless a model of `vocab_size` tokens can have been made for this tokenizer. Added tokens
-        may lie beyond, as in folders that a padding token was added to: `encode` then refuses texts with them.
+        """Raise InputError if a model of `vocab_size` tokens is too small for this tokenizer.
+
+        Added tokens may be beyond the model's: some folders have a padding token that was added later. `encode` then
+        refuses texts with such a token.
         """
         if self.core_size > vocab_size:
             raise InputError(
@@ -100,18 +98,22 @@ class Tokenizer:
 
     @property
     def bos_id(self) -> int | None:
+        """The id of the token that begins a text; None if there is none."""
         return self._role_id("bos_token")
 
     @property
     def eos_id(self) -> int | None:
+        """The id of the token that ends a text; None if there is none."""
         return self._role_id("eos_token")
 
     def _role_id(self, name: str) -> int | None:
         text = self.roles.get(name)
-        return None if text is None else self.added.get(text)
+        if text is None:
+            return None
+        return self.added.get(text)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """The ids of a text. Tokens such as `<s>` in it become their ids.
+        """The ids of a text. A special token such as `<s>` in the text becomes its id.
 
         special: add what the tokenizer puts around a text, such as BOS. Raises InputError if the text isn't valid
         Unicode, or has a token that the model doesn't know.
@@ -124,15 +126,24 @@ class Tokenizer:
             ids = self._encode(text, special)
         except InputError:
             raise
-        except Exception as error:  # tiktoken gives up on a million spaces, for one
-            raise InputError(f"the text can't be turned into tokens ({str(error).splitlines()[0]})") from None
-        if self.model_size is not None and max(ids, default=0) >= self.model_size:
-            unknown = next((token for token, id in self.added.items() if id == max(ids)), f"token id {max(ids)}")
+        except Exception as error:  # tiktoken, for one, fails on a million spaces
+            reason = first_line(error, type(error).__name__)
+            raise InputError(f"the text can't be turned into tokens ({reason})") from None
+        highest = max(ids, default=0)
+        if self.model_size is not None and highest >= self.model_size:
+            unknown = self._name_of(highest)
             raise InputError(f"the text has {unknown} in it, which is a token of the tokenizer but not of the model")
         return ids
 
+    def _name_of(self, token: int) -> str:
+        """How an error message names an id."""
+        for text, id in self.added.items():
+            if id == token:
+                return text
+        return f"token id {token}"
+
     def decode(self, ids: list[int]) -> str:
-        """The text of ids without special tokens. Ids beyond the vocabulary, which a padded model has, show nothing."""
+        """The text of ids. Special tokens give no text, nor do ids beyond the vocabulary, which a padded model has."""
         raise NotImplementedError
 
     def table(self) -> dict[str, int]:
@@ -143,48 +154,42 @@ class Tokenizer:
         raise NotImplementedError
 
     def _save(self, folder: Path) -> dict:
-        """Write what this kind of tokenizer has; returns the settings that belong to it."""
+        """Write the files of this kind of tokenizer. Returns its entries of tokenizer_config.json."""
         raise NotImplementedError
 
     def is_shown(self, token: int) -> bool:
-        """Whether the id is part of a text at all. The others, special tokens and ids without one, don't even part
-        what is beside them.
-        """
+        """Whether the id adds to a text. Special tokens and ids without a token don't: `decode` skips them."""
         raise NotImplementedError
 
     def is_byte(self, token: int) -> bool:
-        """Whether the id is one byte of a character, whose text depends on all bytes beside it."""
+        """Whether the id is one byte. What it shows depends on the bytes beside it."""
         return False
 
     def render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """The text that the chat template makes of messages, dicts with `role` and `content`.
+        """The text that the chat template makes of messages, which are dicts with `role` and `content`.
 
-        Raises InputError if the folder has no template, or the template refuses the messages.
+        add_generation_prompt: end with the header of the next answer. Raises InputError if the folder has no template,
+        or the template refuses the messages.
         """
         if self.template is None:
             raise InputError(f"{self.folder}: has no chat template, so --chat can't be used with it")
+        known = dict(messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt)
         try:
-            return (
-                chat_environment()
-                .from_string(self.template)
-                .render(
-                    messages=messages,
-                    tools=None,
-                    documents=None,
-                    add_generation_prompt=add_generation_prompt,
-                    **self.roles,
-                )
-            )
-        except Exception as error:  # whatever a template can do wrong
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            template = chat_environment().from_string(self.template)
+            return template.render(**known, **self.roles)
+        except Exception as error:  # a template is a program: it can fail in any way
+            reason = first_line(error, type(error).__name__)
             raise InputError(f"{self.folder}: its chat template can't render this conversation ({reason})") from None
 
     def chat(self, messages: list[dict]) -> list[int]:
-        """The ids of a conversation and of the header of the answer to it."""
-        return self.encode(self.render(messages), special=False)  # the template writes BOS itself where it wants it
+        """The ids of a conversation, with the header of the next answer at the end.
+
+        Raises InputError as `render` and `encode` do.
+        """
+        return self.encode(self.render(messages), special=False)  # the template itself writes BOS
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer's files into a folder, so that this class and transformers read the same from them."""
+        """Write the tokenizer's files into a folder. This class and transformers read the same tokenizer from them."""
         folder = Path(folder)
         if (self.folder / "tokenizer.model").is_file():
             shutil.copy(self.folder / "tokenizer.model", folder / "tokenizer.model")
@@ -199,33 +204,42 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def same_as(self, other: "Tokenizer") -> bool:
-        """Whether two tokenizers read texts alike and ids that both have mean the same: then one model can draft for
-        another.
+        """Whether two tokenizers agree, so that one model can draft for the other.
+
+        They must give the same ids to SAMPLES, and the ids that both have must be the same tokens.
         """
         ours, theirs = self.table(), other.table()
         common = min(len(ours), len(theirs))
-        kept = {token: id for token, id in ours.items() if id < common}
-        if kept != {token: id for token, id in theirs.items() if id < common}:
+        if tokens_below(common, ours) != tokens_below(common, theirs):
             return False
         return all(self.encode(text, special=False) == other.encode(text, special=False) for text in SAMPLES)
 
 
-class Text:
-    """Turns a stream of ids into text: `push(id)` returns the text that has become certain, `flush` the rest.
+def tokens_below(end: int, table: dict[str, int]) -> dict[str, int]:
+    """The part of a {token: id} table whose ids are below `end`."""
+    return {token: id for token, id in table.items() if id < end}
 
-    The pieces joined are what decoding prompt and ids at once gives, less the prompt's text. Holds back what a
-    following id could still change: half a character, or the beginning of a stop string. After a stop string
-    `stopped` is true, and the text ends before it. Each id costs the same, however long the text is.
+
+class Text:
+    """Turns a stream of ids into text. `push(id)` returns the text that is certain by now, `flush()` returns the rest.
+
+    Together the pieces are the text of prompt and ids, decoded at once, without the prompt's text. Some text must wait,
+    as the next id could still change it: half a character, or the beginning of a stop string. After a stop string
+    `stopped` is True, and the text ends before that string. An id costs the same however long the text already is.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), stop: Sequence[str] = ()):
-        self.tokenizer, self.stop = tokenizer, stop
+        """prompt: the ids before the stream, whose end decides how the first new ids read. stop: the stop strings."""
+        self.tokenizer = tokenizer
+        self.stop = stop
         self.ids = [id for id in prompt if tokenizer.is_shown(id)]  # decoded together with new ones
-        self.taken = len(self.ids)  # of them, those whose text has been returned
+        self.taken = len(self.ids)  # how many of them have had their text returned
         self.known = len(tokenizer.decode(self.ids))  # the length of that text
-        self.held, self.stopped = "", False
+        self.held = ""  # decoded, but not returned yet
+        self.stopped = False
 
     def push(self, token: int) -> str:
+        """Take one more id. Returns the text that is now certain; it may be empty."""
         if not self.tokenizer.is_shown(token):
             return ""
         self.ids.append(token)
@@ -233,30 +247,43 @@ class Text:
         if self.tokenizer.is_byte(token) or text.endswith("\ufffd") or len(text) <= self.known:
             return ""
         self.held += text[self.known :]
-        self.ids = self.ids[self.taken :]  # the last piece is enough to show how a following id reads
-        self.taken, self.known = len(self.ids), len(self.tokenizer.decode(self.ids))
+        self.ids = self.ids[self.taken :]  # the last piece is enough to show how the next id reads
+        self.taken = len(self.ids)
+        self.known = len(self.tokenizer.decode(self.ids))
         return self._release(last=False)
 
     def flush(self) -> str:
+        """The text that still waits. No more ids may come."""
         if self.stopped:
             return ""
         self.held += self.tokenizer.decode(self.ids)[self.known :]
         return self._release(last=True)
 
     def _release(self, last: bool) -> str:
-        """What is certain of the text held back: all of it before a stop string, or before the possible beginning of
-        one.
-        """
-        found = [at for s in self.stop if (at := self.held.find(s)) >= 0]
+        """Take what is certain out of `held`: the text before a stop string, or before what may become one."""
+        found = []
+        for stop in self.stop:
+            place = self.held.find(stop)
+            if place >= 0:
+                found.append(place)
         self.stopped = bool(found)
-        beginning = 0
-        if not last:
-            beginning = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
-        certain = min(found, default=len(self.held) - beginning)
-        text, self.held = self.held[:certain], self.held[certain:]
+        end = min(found, default=len(self.held))
+        if not last and not found:
+            end -= self._begun()
+        text, self.held = self.held[:end], self.held[end:]
         return text
 
+    def _begun(self) -> int:
+        """How many characters at the end of `held` may be the beginning of a stop string."""
+        longest = 0
+        for stop in self.stop:
+            for length in range(1, len(stop)):
+                if self.held.endswith(stop[:length]):
+                    longest = max(longest, length)
+        return longest
 
+
+# Texts that tokenizers of different families cut differently.
 SAMPLES = (
     "The quick brown fox jumps over the lazy dog.",
     "  def f(self, x=3.14159):\n\treturn [i ** 2 for i in range(1000)]\n\n",
@@ -265,31 +292,25 @@ SAMPLES = (
 )
 
 
-# What the folder says of its tokenizer, beside the vocabulary.
+# What the folder's files say about the tokenizer, apart from the vocabulary.
 
 
 @dataclass
 class Settings:
-    """tokenizer_config.json and the older files beside it, put together as transformers does.
+    """What tokenizer_config.json and the older files beside it say, put together as transformers does."""
 
-    kind: the tokenizer class, without "Fast"; "" where none is named. values: what the files say. added: added tokens
-    in the order of their ids. roles: tokens by their role, such as bos_token; None where a file says that there is
-    none. extra: further special tokens; None where tokenizer_config.json doesn't list any. configured: whether that
-    file is there.
-    """
-
-    kind: str
-    values: dict
-    configured: bool
-    added: list[AddedToken] = field(default_factory=list)
-    roles: dict[str, AddedToken | None] = field(default_factory=dict)
-    extra: list[AddedToken] | None = None
-    older_extra: list[AddedToken] = field(default_factory=list)  # of special_tokens_map.json, where extra is None
-    template: str | None = None
+    kind: str  # the tokenizer class without "Fast"; "" if no file names one
+    values: dict  # the entries of tokenizer_config.json, and what older files say in their place
+    configured: bool  # whether tokenizer_config.json is there
+    added: list[AddedToken] = field(default_factory=list)  # in the order of their ids
+    roles: dict[str, AddedToken | None] = field(default_factory=dict)  # None: a file says that there is no such token
+    extra: list[AddedToken] | None = None  # more special tokens; None if tokenizer_config.json has no list of them
+    older_extra: list[AddedToken] = field(default_factory=list)  # those of special_tokens_map.json, if extra is None
+    template: str | None = None  # the chat template
 
     @classmethod
     def read(cls, folder: Path) -> "Settings":
-        """Raises InputError if one of the files is not what it should be."""
+        """The settings of a folder. Raises InputError if one of the files is not what it should be."""
         path = folder / "tokenizer_config.json"
         own = read_object(path)
         kind = own.get("tokenizer_class") or read_object(folder / "config.json").get("tokenizer_class") or ""
@@ -308,58 +329,83 @@ class Settings:
         return settings
 
     def _read_roles(self, folder: Path) -> None:
+        """Fill `roles`, `extra` and `older_extra`."""
         values = self.values
-        extra = values.get("extra_special_tokens")
-        if not extra and "additional_special_tokens" in values:  # the older name
-            extra = values.pop("additional_special_tokens")
-        if isinstance(extra, dict):  # special tokens with roles of their own
-            values |= extra
-        elif extra is not None:
-            self.extra = [added_token(value) for value in extra]
+        self._read_extra()
         if "added_tokens_decoder" not in values:
-            for name, value in read_object(folder / "special_tokens_map.json").items():
-                values[name] = {**value, "__type": "AddedToken", "special": True} if isinstance(value, dict) else value
+            self._read_older_map(folder)
         self.older_extra = [added_token(value) for value in values.get("additional_special_tokens") or []]
-        others = (name for name in values if name.endswith("_token") and name not in STANDARD_ROLES)
+        others = [name for name in values if name.endswith("_token") and name not in STANDARD_ROLES]
         for name in (*STANDARD_ROLES, *others):
-            value = values.get(name)
-            if isinstance(value, str) or isinstance(value, dict) and (name in STANDARD_ROLES or "__type" in value):
+            value: Any = values.get(name)
+            is_token = isinstance(value, str)
+            if isinstance(value, dict):  # under another name, an object need not be a token
+                is_token = name in STANDARD_ROLES or "__type" in value
+            if is_token:
                 self.roles[name] = added_token(value)
             elif name in values and value is None:
                 self.roles[name] = None
 
+    def _read_extra(self) -> None:
+        """The special tokens beside the standard ones: a list, or a dict in which each has a role."""
+        extra = self.values.get("extra_special_tokens")
+        if not extra and "additional_special_tokens" in self.values:  # the older name
+            extra = self.values.pop("additional_special_tokens")
+        if isinstance(extra, dict):
+            self.values |= extra
+        elif extra is not None:
+            self.extra = [added_token(value) for value in extra]
+
+    def _read_older_map(self, folder: Path) -> None:
+        """Take what special_tokens_map.json says into `values`."""
+        for name, value in read_object(folder / "special_tokens_map.json").items():
+            if isinstance(value, dict):
+                value = {**value, "__type": "AddedToken", "special": True}
+            self.values[name] = value
+
     def _read_added(self, folder: Path) -> None:
-        if "added_tokens_decoder" in self.values:
-            by_id = {int(id): added_token(value) for id, value in self.values["added_tokens_decoder"].items()}
-        else:
-            special = {token.content for token in [*self.roles.values(), *(self.extra or [])] if token}
-            by_id = {
-                id: AddedToken(text, normalized=text not in special, special=text in special)
-                for text, id in read_object(folder / "added_tokens.json").items()
-            }
-            tokens = read_object(folder / "tokenizer.json").get("added_tokens") or []
-            by_id |= {token["id"]: added_token(token) for token in tokens}
+        """Fill `added`, and give the roles the flags that are described there."""
+        by_id = self._added_by_id(folder)
         self.added = [by_id[id] for id in sorted(by_id)]
-        described = {token.content: token for token in self.added}
+        described = self._described()
         for name, token in self.roles.items():
             if token:
                 self.roles[name] = described.get(token.content, token)
 
+    def _added_by_id(self, folder: Path) -> dict[int, AddedToken]:
+        """{id: token} as tokenizer_config.json lists them, or as the other files do if it doesn't."""
+        if "added_tokens_decoder" in self.values:
+            return {int(id): added_token(value) for id, value in self.values["added_tokens_decoder"].items()}
+        special = {token.content for token in [*self.roles.values(), *(self.extra or [])] if token}
+        by_id = {}
+        for text, id in read_object(folder / "added_tokens.json").items():
+            is_special = text in special
+            by_id[id] = AddedToken(text, normalized=not is_special, special=is_special)
+        for value in read_object(folder / "tokenizer.json").get("added_tokens") or []:
+            by_id[value["id"]] = added_token(value)
+        return by_id
+
+    def _described(self) -> dict[str, AddedToken]:
+        """{text: token} of the added tokens."""
+        return {token.content: token for token in self.added}
+
     def role_texts(self) -> dict[str, str]:
+        """{role: text} of the tokens that there are."""
         return {name: token.content for name, token in self.roles.items() if token}
 
     def defaults(self, **roles: str) -> None:
-        """Set roles that the folder doesn't mention."""
-        described = {token.content: token for token in self.added}
+        """Give texts to the roles that no file mentions."""
+        described = self._described()
         for name, text in roles.items():
             self.roles.setdefault(name, described.get(text) or AddedToken(text, special=True))
 
 
 def added_token(value: str | dict) -> AddedToken:
-    """An added token from its text, which is then a special one, or from the JSON object that describes it."""
+    """The added token that a file describes, by a JSON object or by its text alone, which means a special token."""
     if isinstance(value, str):
         return AddedToken(value, special=True)
-    return AddedToken(value["content"], **{name: value[name] for name in TOKEN_FLAGS if name in value})
+    flags = {name: value[name] for name in TOKEN_FLAGS if name in value}
+    return AddedToken(value["content"], **flags)
 
 
 def read_object(path: Path) -> dict:
@@ -376,11 +422,13 @@ def read_object(path: Path) -> dict:
 
 
 def is_tiktoken(path: Path) -> bool:
-    """Whether a tokenizer.model holds tiktoken's lines of `base64 rank` rather than a sentencepiece protobuf."""
+    """Whether a tokenizer.model is a tiktoken file: lines of `base64 rank`. The other kind is sentencepiece's."""
     with open(path, "rb") as file:
-        line = file.readline(4096).split()
+        words = file.readline(4096).split()
+    if len(words) != 2 or not words[1].isdigit():
+        return False
     try:
-        return len(line) == 2 and line[1].isdigit() and bool(base64.b64decode(line[0], validate=True))
+        return bool(base64.b64decode(words[0], validate=True))
     except ValueError:
         return False
 
@@ -389,7 +437,10 @@ def is_tiktoken(path: Path) -> bool:
 
 
 def read_template(folder: Path, settings: dict) -> str | None:
-    """The folder's chat template: that in a file of its own, or else that in tokenizer_config.json, or None."""
+    """The chat template: from its own file, else from tokenizer_config.json (`settings`); None if neither has one.
+
+    Raises InputError if the file isn't UTF-8.
+    """
     file = folder / "chat_template.jinja"
     try:
         if file.exists():
@@ -398,15 +449,22 @@ def read_template(folder: Path, settings: dict) -> str | None:
         raise InputError(f"{file}: not a readable UTF-8 text") from None
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, with names
-        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        named = {}
+        for entry in template:
+            if isinstance(entry, dict):
+                named[entry.get("name")] = entry.get("template")
+        template = named
     if isinstance(template, dict):
         template = template.get("default")
-    return template if isinstance(template, str) else None
+    if isinstance(template, str):
+        return template
+    return None
 
 
 class GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}` marks what the assistant said, for training. Here it renders its
-    content.
+    """The template tag `{% generation %} ... {% endgeneration %}`. It marks the assistant's words for training.
+
+    Here it just renders what is inside.
     """
 
     tags = {"generation"}
@@ -418,7 +476,7 @@ class GenerationBlock(jinja2.ext.Extension):
 
 
 def chat_environment() -> jinja2.Environment:
-    """Where chat templates run: jinja2's sandbox, with what transformers offers them and nothing else."""
+    """Where chat templates run: jinja2's sandbox, with only the functions that transformers also gives them."""
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -432,23 +490,27 @@ def chat_environment() -> jinja2.Environment:
     ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
+    def strftime_now(format: str) -> str:
+        return datetime.now().strftime(format)
+
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, jinja2.ext.loopcontrols]
     )
-    del environment.globals["lipsum"]  # makes texts of any length
+    del environment.globals["lipsum"]  # it can make texts of any length
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    environment.globals["strftime_now"] = strftime_now
     return environment
 
 
-# tokenizer.json and sentencepiece, both on the `tokenizers` library.
+# tokenizer.json and sentencepiece: both become a tokenizer of the `tokenizers` library, the backend.
 
 
 class BackendTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library, from tokenizer.json or from a sentencepiece tokenizer.model."""
 
     def __init__(self, folder: Path, settings: Settings):
+        """Raises InputError for a setting that isn't supported; the library raises its own errors for damaged files."""
         self.folder = folder
         self.backend = read_backend(folder, settings)
         add_tokens(self.backend, settings)
@@ -458,16 +520,16 @@ class BackendTokenizer(Tokenizer):
         if settings.values.get("clean_up_tokenization_spaces") and not isinstance(self.backend.model, BPE):
             raise InputError(f"{folder}: clean_up_tokenization_spaces is true, which is not supported; set it to false")
         tokens = self.backend.get_added_tokens_decoder()
-        self.special_ids = frozenset(id for id, token in tokens.items() if token.special)
         self.added = {token.content: id for id, token in tokens.items()}
+        self.special_ids = frozenset(id for id, token in tokens.items() if token.special)
         self.core_size = self.backend.get_vocab_size(with_added_tokens=False)
         self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
         self.roles = settings.role_texts()
         self.template = settings.template
-        self.fill = self.roles.get("fill_token") if settings.kind == "CodeLlamaTokenizer" else None
-        has_bytes = "ByteFallback" in repr(self.backend.decoder)
-        names = (f"<0x{byte:02X}>" for byte in range(256) if has_bytes)
-        self._bytes = frozenset(id for id in map(self.backend.token_to_id, names) if id is not None)
+        self.fill: str | None = None
+        if settings.kind == "CodeLlamaTokenizer":
+            self.fill = self.roles.get("fill_token")
+        self._bytes = byte_ids(self.backend)
 
     def _encode(self, text: str, special: bool) -> list[int]:
         if self.fill and self.fill in text:
@@ -491,11 +553,24 @@ class BackendTokenizer(Tokenizer):
         return {"split_special_tokens": self.backend.encode_special_tokens}
 
 
-def read_backend(folder: Path, settings: Settings) -> tokenizers.Tokenizer:
-    """The library's tokenizer with everything but the tokens that the settings add.
+def byte_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
+    """The ids of the tokens <0x00> to <0xFF>, if the backend reads such a token as one byte of a character."""
+    if "ByteFallback" not in repr(backend.decoder):
+        return frozenset()
+    ids = set()
+    for byte in range(256):
+        id = backend.token_to_id(f"<0x{byte:02X}>")
+        if id is not None:
+            ids.add(id)
+    return frozenset(ids)
 
-    Some tokenizer classes of transformers 5 take vocabulary, merges and post-processor from the files and bring a
-    normalizer, pre-tokenizer and decoder of their own; the others take tokenizer.json as it is.
+
+def read_backend(folder: Path, settings: Settings) -> tokenizers.Tokenizer:
+    """The folder's backend, without the tokens that the settings add.
+
+    Some tokenizer classes of transformers 5 only take vocabulary, merges and post-processor from the file, and have
+    their own normalizer, pre-tokenizer and decoder. The others take tokenizer.json as it is. Raises InputError if the
+    class can't have such a model.
     """
     file = folder / "tokenizer.json"
     if not file.is_file():
@@ -506,37 +581,47 @@ def read_backend(folder: Path, settings: Settings) -> tokenizers.Tokenizer:
     if whole.padding:
         settings.defaults(pad_token=whole.padding["pad_token"])
     text = file.read_text(encoding="utf-8")
-    if settings.kind == "LlamaTokenizer" and '"ByteLevel"' in text:  # Llama 3's, wrongly labelled
-        return whole
-    if settings.kind not in CLASSES:
+    is_llama3 = settings.kind == "LlamaTokenizer" and '"ByteLevel"' in text  # the folder names the wrong class
+    if settings.kind not in CLASSES or is_llama3:
         return whole
     if not isinstance(whole.model, BPE):
         kind = type(whole.model).__name__
         raise InputError(f"{file}: a {kind} model, which {settings.kind}, named in tokenizer_config.json, can't have")
-    model = json.loads(text)["model"]
-    merges: list[Any] = []
-    for pair in model["merges"]:  # written in two ways
-        merges.append(tuple(pair.split(" ") if isinstance(pair, str) else pair))
-    backend = CLASSES[settings.kind](model["vocab"], merges, settings)
+    backend = class_backend(json.loads(text)["model"], settings)
     if settings.kind == "CodeLlamaTokenizer":
         frame_texts(backend, settings, bos=True)
-    elif settings.kind != "GPTNeoXTokenizer":  # which adds nothing to a text, whatever the file says
+    elif settings.kind != "GPTNeoXTokenizer":  # this class adds nothing to a text, whatever the file says
         backend.post_processor = whole.post_processor
     return backend
 
 
+def class_backend(model: dict, settings: Settings) -> tokenizers.Tokenizer:
+    """The backend that the settings' class makes of `model`, which is that part of a tokenizer.json."""
+    merges: list[Any] = []
+    for pair in model["merges"]:
+        if isinstance(pair, str):  # "left right" in some files, ["left", "right"] in others
+            pair = pair.split(" ")
+        merges.append(tuple(pair))
+    return CLASSES[settings.kind](model["vocab"], merges, settings)
+
+
 def add_tokens(backend: tokenizers.Tokenizer, settings: Settings) -> None:
-    """Add the tokens that the settings name and the backend doesn't have as they are described."""
+    """Add the tokens of the settings that the backend doesn't have, or has with other flags."""
     present = backend.get_added_tokens_decoder().values()
-    described = {repr(token) for token in present}
-    new = [token for token in settings.added if repr(token) not in described]
-    names = {token.content for token in [*present, *new]}
+    described = set(map(repr, present))
+    names = {token.content for token in present}
+    new = []
+    for token in settings.added:
+        if repr(token) not in described:
+            new.append(token)
+            names.add(token.content)
     roles = [token for token in settings.roles.values() if token and token.content]
     for token in [*roles, *(settings.extra or [])]:
         if token.content not in names and token not in new:
             new.append(token)
+    role_names = {token.content for token in roles}
     for token in new:
-        if token.content in {role.content for role in roles}:
+        if token.content in role_names:
             token.special = True
     backend.add_tokens(new)
 
@@ -554,49 +639,64 @@ def frame_texts(backend: tokenizers.Tokenizer, settings: Settings, bos: bool, eo
     backend.post_processor = TemplateProcessing(single=frame, pair=[*frame, "$B:1"], special_tokens=special)
 
 
-def llama_class(vocab: dict[str, int], merges: list[tuple[str, str]], settings: Settings) -> tokenizers.Tokenizer:
-    """LlamaTokenizer: a space before the first word, or (legacy) before every piece of text between special tokens."""
-    settings.defaults(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+def wants_prefix(settings: Settings) -> bool:
+    """Whether a space belongs before a text. Llama's classes say yes if the folder says nothing."""
     prefix = settings.values.get("add_prefix_space")
-    prefix = True if prefix is None else bool(prefix)
-    scheme = "always" if settings.values.get("legacy", False) else "first"
-    return word_start_backend(
-        BPE(vocab, merges, fuse_unk=True, byte_fallback=True), scheme if prefix else "never", prefix
-    )
+    return prefix is None or bool(prefix)
+
+
+def prepend_scheme(prefix: bool, legacy: bool) -> str:
+    """Metaspace's name for the places where it puts a space.
+
+    legacy: before every piece of text between special tokens, not only before the first word.
+    """
+    if not prefix:
+        return "never"
+    if legacy:
+        return "always"
+    return "first"
+
+
+def llama_class(vocab: dict[str, int], merges: list[tuple[str, str]], settings: Settings) -> tokenizers.Tokenizer:
+    """LlamaTokenizer: words with the space before them."""
+    settings.defaults(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    model = BPE(vocab, merges, fuse_unk=True, byte_fallback=True)
+    prefix = wants_prefix(settings)
+    scheme = prepend_scheme(prefix, legacy=bool(settings.values.get("legacy", False)))
+    return word_start_backend(model, scheme, strip=prefix)
 
 
 def code_llama_class(vocab: dict[str, int], merges: list[tuple[str, str]], settings: Settings) -> tokenizers.Tokenizer:
     """CodeLlamaTokenizer: as LlamaTokenizer, with the tokens of its infilling format."""
     settings.defaults(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    infill = dict(prefix="▁<PRE>", middle="▁<MID>", suffix="▁<SUF>", eot="▁<EOT>", fill="<FILL_ME>")
-    settings.defaults(**{f"{name}_token": text for name, text in infill.items()})
-    prefix = settings.values.get("add_prefix_space")
-    scheme = "first" if prefix is None or prefix else "never"
-    unknown = settings.roles["unk_token"]
-    model = BPE(vocab, merges, fuse_unk=True, byte_fallback=True, unk_token=unknown.content if unknown else None)
-    return word_start_backend(model, scheme, True)
+    settings.defaults(prefix_token="▁<PRE>", middle_token="▁<MID>", suffix_token="▁<SUF>")
+    settings.defaults(eot_token="▁<EOT>", fill_token="<FILL_ME>")
+    unknown = settings.role_texts().get("unk_token")
+    model = BPE(vocab, merges, fuse_unk=True, byte_fallback=True, unk_token=unknown)
+    scheme = prepend_scheme(wants_prefix(settings), legacy=False)
+    return word_start_backend(model, scheme, strip=True)
 
 
 def word_start_backend(model: BPE, scheme: str, strip: bool) -> tokenizers.Tokenizer:
-    """A tokenizer that writes spaces as ▁, before a text too. strip: whether the space before a text is dropped
-    again.
-    """
+    """A backend that writes spaces as ▁. scheme: where it adds one. strip: decoding drops the space before a text."""
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence(steps + [decoders.Strip(content=" ", left=1)] * strip)
+    if strip:
+        steps.append(decoders.Strip(content=" ", left=1))
+    backend.decoder = decoders.Sequence(steps)
     return backend
 
 
 def gpt2_class(vocab: dict[str, int], merges: list[tuple[str, str]], settings: Settings) -> tokenizers.Tokenizer:
-    """GPT2Tokenizer: bytes, cut where GPT-2 cuts."""
+    """GPT2Tokenizer: bytes, with the text cut into words as GPT-2 does."""
     settings.defaults(unk_token="<|endoftext|>", bos_token="<|endoftext|>", eos_token="<|endoftext|>")
     prefix = bool(settings.values.get("add_prefix_space", False))
     return byte_level_backend(vocab, merges, pre_tokenizers.ByteLevel(add_prefix_space=prefix))
 
 
 def gpt_neox_class(vocab: dict[str, int], merges: list[tuple[str, str]], settings: Settings) -> tokenizers.Tokenizer:
-    """GPTNeoXTokenizer: as GPT2Tokenizer, on composed characters."""
+    """GPTNeoXTokenizer: as GPT2Tokenizer, after Unicode's normal form C."""
     settings.defaults(pad_token="<|padding|>")
     backend = gpt2_class(vocab, merges, settings)
     backend.normalizer = normalizers.NFC()
@@ -604,7 +704,7 @@ def gpt_neox_class(vocab: dict[str, int], merges: list[tuple[str, str]], setting
 
 
 def qwen2_class(vocab: dict[str, int], merges: list[tuple[str, str]], settings: Settings) -> tokenizers.Tokenizer:
-    """Qwen2Tokenizer: bytes, every digit by itself."""
+    """Qwen2Tokenizer: bytes, with every digit on its own."""
     settings.defaults(unk_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>")
     prefix = bool(settings.values.get("add_prefix_space"))
     steps = [
@@ -619,6 +719,7 @@ def qwen2_class(vocab: dict[str, int], merges: list[tuple[str, str]], settings: 
 def byte_level_backend(
     vocab: dict[str, int], merges: list[tuple[str, str]], pre_tokenizer: pre_tokenizers.PreTokenizer
 ) -> tokenizers.Tokenizer:
+    """A backend whose tokens are pieces of UTF-8. pre_tokenizer: cuts the text and writes its bytes as letters."""
     backend = tokenizers.Tokenizer(BPE(vocab, merges, continuing_subword_prefix="", end_of_word_suffix=""))
     backend.pre_tokenizer = pre_tokenizer
     backend.decoder = decoders.ByteLevel()
@@ -635,41 +736,57 @@ CLASSES = {
 PLAIN_CLASSES = ("", "PreTrainedTokenizer", "TokenizersBackend")  # take the files as they are
 
 
-def sentencepiece_backend(path: Path, settings: Settings) -> tokenizers.Tokenizer:
-    """A sentencepiece model as a tokenizer of the library: by LlamaTokenizer's rules, or by the model's own."""
-    from sentencepiece import sentencepiece_model_pb2  # wants protobuf, which only this needs: an optional package
+def read_proto(path: Path) -> Any:
+    """The sentencepiece ModelProto in a file. Raises InputError if it has no pieces."""
+    from sentencepiece import sentencepiece_model_pb2  # needs protobuf, an optional package that nothing else needs
 
     made_at_run_time: Any = sentencepiece_model_pb2
     proto = made_at_run_time.ModelProto()
     proto.ParseFromString(path.read_bytes())
     if not proto.pieces:
         raise InputError(f"{path}: not a readable tokenizer (it has no pieces)")
+    return proto
+
+
+def sentencepiece_backend(path: Path, settings: Settings) -> tokenizers.Tokenizer:
+    """The backend for a sentencepiece model: by LlamaTokenizer's rules, or by the model's own.
+
+    Raises InputError if the file can't be read, or the settings' class can't have such a model.
+    """
+    proto = read_proto(path)
     llama = settings.kind in ("LlamaTokenizer", "CodeLlamaTokenizer")
     if settings.kind in CLASSES and not llama:
         raise InputError(
             f"{path}: a sentencepiece model, which {settings.kind}, named in tokenizer_config.json, can't have"
         )
     if settings.extra is None:
-        kinds = (CONTROL, USER_DEFINED) if llama else (CONTROL,)
-        pieces = [piece for piece in proto.pieces if piece.type in kinds]
-        settings.extra = [AddedToken(p.piece, normalized=False, special=p.type == CONTROL) for p in pieces]
+        settings.extra = special_pieces(proto, user_defined=llama)
     if llama:
         vocab = {piece.piece: id for id, piece in enumerate(proto.pieces)}
         backend = CLASSES[settings.kind](vocab, halves(vocab), settings)
     else:
         backend = proto_backend(proto, settings)
-    # Without a configuration BOS is added, as Llama's own code does; with one, transformers wants to be told.
+    # If there is no tokenizer_config.json, BOS is added, as in Llama's own code. If there is one, it must ask for BOS.
     bos = settings.values.get("add_bos_token", settings.kind == "CodeLlamaTokenizer" or not settings.configured)
-    frame_texts(backend, settings, bool(bos), bool(settings.values.get("add_eos_token", False)))
+    eos = settings.values.get("add_eos_token", False)
+    frame_texts(backend, settings, bool(bos), bool(eos))
     return backend
 
 
+def special_pieces(proto: Any, user_defined: bool) -> list[AddedToken]:
+    """The control pieces of a model as added tokens. user_defined: those pieces too."""
+    tokens = []
+    for piece in proto.pieces:
+        is_control = piece.type == CONTROL
+        if is_control or (user_defined and piece.type == USER_DEFINED):
+            tokens.append(AddedToken(piece.piece, normalized=False, special=is_control))
+    return tokens
+
+
 def halves(vocab: dict) -> list[tuple[str, str]]:
-    """The merges [(left, right), ...] that make each token of vocab {token: rank} out of two others, in order of
-    rank.
-    """
+    """The merges [(left, right), ...] that make a token of vocab {token: rank} from two others, in order of rank."""
     merges = []
-    for token, _ in sorted(vocab.items(), key=lambda item: item[1]):
+    for token in sorted(vocab, key=vocab.__getitem__):
         for cut in range(1, len(token)):
             if token[:cut] in vocab and token[cut:] in vocab:
                 merges.append((token[:cut], token[cut:]))
@@ -677,69 +794,106 @@ def halves(vocab: dict) -> list[tuple[str, str]]:
 
 
 def proto_backend(proto: Any, settings: Settings) -> tokenizers.Tokenizer:
-    """A sentencepiece model by its own rules: what its normalizer does, whether it puts a space before a text."""
-    spec, trainer = proto.normalizer_spec, proto.trainer_spec
-    for name, id, text in (
-        ("bos_token", trainer.bos_id, trainer.bos_piece or "<s>"),
-        ("eos_token", trainer.eos_id, trainer.eos_piece or "</s>"),
-        ("unk_token", trainer.unk_id, trainer.unk_piece or "<unk>"),
-    ):
-        if id >= 0:
-            settings.defaults(**{name: text})
-    names = {}
-    if "added_tokens_decoder" in settings.values:
-        names = {int(id): token["content"] for id, token in settings.values["added_tokens_decoder"].items()}
+    """The backend for a sentencepiece model by its own rules."""
+    spec = proto.normalizer_spec
+    legacy = settings.values.get("legacy", True)
+    default_roles(proto.trainer_spec, settings)
     if spec.add_dummy_prefix:
         settings.added = [unnormalized(token) for token in settings.added]
-        settings.roles = {name: token and unnormalized(token) for name, token in settings.roles.items()}
-    backend = tokenizers.Tokenizer(proto_model(proto, names))
-    legacy = settings.values.get("legacy", True)
+        for name, token in settings.roles.items():
+            if token:
+                settings.roles[name] = unnormalized(token)
+    backend = tokenizers.Tokenizer(proto_model(proto, settings))
     backend.normalizer = normalizers.Sequence(proto_normalizers(spec, legacy))
-    steps: list[Any] = []
-    if spec.add_dummy_prefix:
-        scheme = "always" if legacy else "first"
-        steps.append(pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False))
-    if user_defined := user_defined_pieces(proto):  # always whole, never merged with what is beside them
-        longest_first = sorted(user_defined, key=len, reverse=True)
-        steps.append(pre_tokenizers.Split(Regex("|".join(map(re.escape, longest_first))), behavior="isolated"))
+    steps = proto_pre_tokenizers(proto, legacy)
     if steps:
         backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    undo: list[Any] = [decoders.Replace("▁", " ")]
-    if trainer.byte_fallback:
-        undo.append(decoders.ByteFallback())
-    undo.append(decoders.Fuse())
-    if spec.add_dummy_prefix:
-        undo.append(decoders.Strip(content=" ", left=1))
-    backend.decoder = decoders.Sequence(undo)
+    backend.decoder = decoders.Sequence(proto_decoders(proto))
     return backend
 
 
+def default_roles(trainer: Any, settings: Settings) -> None:
+    """Give the roles that no file mentions the tokens that the model itself has for them."""
+    if trainer.bos_id >= 0:
+        settings.defaults(bos_token=trainer.bos_piece or "<s>")
+    if trainer.eos_id >= 0:
+        settings.defaults(eos_token=trainer.eos_piece or "</s>")
+    if trainer.unk_id >= 0:
+        settings.defaults(unk_token=trainer.unk_piece or "<unk>")
+
+
 def unnormalized(token: AddedToken) -> AddedToken:
-    """The token, matched in a text before the normalizer has seen it."""
+    """The same token, but looked for in a text before the normalizer changes the text."""
     flags = {name: getattr(token, name) for name in TOKEN_FLAGS}
-    return AddedToken(token.content, **{**flags, "normalized": False})
+    flags["normalized"] = False
+    return AddedToken(token.content, **flags)
 
 
 def user_defined_pieces(proto: Any) -> list[str]:
+    """The pieces that are always whole: nothing beside them is merged with them."""
     return [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
 
 
-def proto_model(proto: Any, names: dict[int, str]) -> BPE | Unigram:
-    """The library's model. names: {id: text} of pieces, such as placeholders, that the folder's settings rename."""
-    trainer = proto.trainer_spec
+def proto_pre_tokenizers(proto: Any, legacy: bool) -> list[Any]:
+    """What cuts a text before the model does: a space before it, and the user-defined pieces."""
+    steps: list[Any] = []
+    if proto.normalizer_spec.add_dummy_prefix:
+        scheme = prepend_scheme(True, legacy)
+        steps.append(pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False))
+    user_defined = user_defined_pieces(proto)
+    if user_defined:
+        longest_first = sorted(user_defined, key=len, reverse=True)
+        pattern = "|".join(map(re.escape, longest_first))
+        steps.append(pre_tokenizers.Split(Regex(pattern), behavior="isolated"))
+    return steps
+
+
+def proto_decoders(proto: Any) -> list[Any]:
+    """What turns pieces back into a text."""
+    steps: list[Any] = [decoders.Replace("▁", " ")]
+    if proto.trainer_spec.byte_fallback:
+        steps.append(decoders.ByteFallback())
+    steps.append(decoders.Fuse())
+    if proto.normalizer_spec.add_dummy_prefix:
+        steps.append(decoders.Strip(content=" ", left=1))
+    return steps
+
+
+def piece_texts(proto: Any, settings: Settings) -> list[str]:
+    """The text of each piece. The folder's settings may rename a piece, for example a placeholder."""
+    listed = settings.values.get("added_tokens_decoder", {})
+    names = {int(id): token["content"] for id, token in listed.items()}
     kept = {piece.piece for id, piece in enumerate(proto.pieces) if id not in names}
-    texts = [names[id] if id in names and names[id] not in kept else p.piece for id, p in enumerate(proto.pieces)]
+    texts = []
+    for id, piece in enumerate(proto.pieces):
+        text = piece.piece
+        if id in names and names[id] not in kept:  # two pieces must not have the same text
+            text = names[id]
+        texts.append(text)
+    return texts
+
+
+def proto_model(proto: Any, settings: Settings) -> BPE | Unigram:
+    """The pieces as a model of the library."""
+    trainer = proto.trainer_spec
+    texts = piece_texts(proto, settings)
     if trainer.model_type == trainer.UNIGRAM:
-        pieces = [(text, piece.score) for text, piece in zip(texts, proto.pieces, strict=True)]
+        scores = [piece.score for piece in proto.pieces]
+        pieces = list(zip(texts, scores, strict=True))
         return Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
-    normal = [
-        (text, -p.score, id) for id, (text, p) in enumerate(zip(texts, proto.pieces, strict=True)) if p.type == NORMAL
-    ]
-    rank = {text: (cost, id) for text, cost, id in normal}
-    merges = sorted((*rank[left + right], left, right) for left, right in halves(rank))
+    vocab = {text: id for id, text in enumerate(texts)}
+    rank = {}
+    for id, piece in enumerate(proto.pieces):
+        if piece.type == NORMAL:
+            rank[texts[id]] = (-piece.score, id)
+
+    def order(merge: tuple[str, str]) -> tuple[float, int, str, str]:
+        left, right = merge
+        return (*rank[left + right], left, right)
+
     return BPE(
-        {text: id for id, text in enumerate(texts)},
-        [(left, right) for _, _, left, right in merges],
+        vocab,
+        sorted(halves(rank), key=order),
         unk_token=trainer.unk_piece,
         fuse_unk=True,
         byte_fallback=trainer.byte_fallback,
@@ -748,7 +902,7 @@ def proto_model(proto: Any, names: dict[int, str]) -> BPE | Unigram:
 
 
 def proto_normalizers(spec: Any, legacy: bool) -> list[normalizers.Normalizer]:
-    """What sentencepiece does to a text before it cuts it, in its order."""
+    """What sentencepiece does to a text before it cuts the text, in the same order."""
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
@@ -757,7 +911,7 @@ def proto_normalizers(spec: Any, legacy: bool) -> list[normalizers.Normalizer]:
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
     if spec.escape_whitespaces:
         steps.append(normalizers.Replace(" ", "▁"))
-    if spec.add_dummy_prefix and legacy:  # Metaspace adds none where there is one
+    if spec.add_dummy_prefix and legacy:  # Metaspace adds no ▁ if there is one already
         steps.append(normalizers.Replace(Regex(r"\A▁"), "▁▁"))
     return steps
 
@@ -766,25 +920,22 @@ def proto_normalizers(spec: Any, legacy: bool) -> list[normalizers.Normalizer]:
 
 
 class TiktokenTokenizer(Tokenizer):
-    """Llama 3's tokenizer.model: tiktoken ranks without their split pattern or special tokens, which belong to the
-    format.
-    """
+    """Llama 3's tokenizer.model. It holds tiktoken's ranks only: the pattern and the special tokens are known here."""
 
     def __init__(self, folder: Path, settings: Settings):
+        """Raises ValueError for a damaged file."""
         self.folder = folder
-        lines = (line.split() for line in (folder / "tokenizer.model").read_bytes().splitlines() if line)
-        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-        reserved = [f"<|reserved_special_token_{i}|>" for i in range(2, 256 - len(LLAMA3_SPECIAL) + 2)]
-        self.added = {token: len(ranks) + i for i, token in enumerate(LLAMA3_SPECIAL + reserved)}
+        ranks = read_ranks(folder / "tokenizer.model")
+        self.added = llama3_special(len(ranks))
         named = settings.values.get("added_tokens_decoder", {})
-        if named:  # the folder names them itself: the versions of Llama 3 use different names
+        if named:  # the versions of Llama 3 have different names; the folder's count
             self.added = {token["content"]: int(id) for id, token in named.items() if token["content"]}
         self.bos = settings.values.get("add_bos_token", True)
         self.eos = settings.values.get("add_eos_token", False)
         self.model = tiktoken.Encoding(
             "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=self.added
         )
-        self.ordinary = len(ranks)
+        self.ordinary = len(ranks)  # special tokens have the ids from here on
         self.core_size = self.vocab_size = self.model.n_vocab
         self.special_ids = frozenset(self.added.values())
         settings.defaults(bos_token=LLAMA3_SPECIAL[0], eos_token=LLAMA3_SPECIAL[1])
@@ -812,3 +963,19 @@ class TiktokenTokenizer(Tokenizer):
     def _save(self, folder: Path) -> dict:
         tokens = {id: dict(content=text, special=True, normalized=False) for text, id in self.added.items()}
         return {"add_bos_token": self.bos, "add_eos_token": self.eos, "added_tokens_decoder": tokens}
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """{token: rank} of a tiktoken file, whose lines are `base64 rank`. Raises ValueError for a damaged line."""
+    ranks = {}
+    for line in path.read_bytes().splitlines():
+        if line:
+            token, rank = line.split()
+            ranks[base64.b64decode(token)] = int(rank)
+    return ranks
+
+
+def llama3_special(first: int) -> dict[str, int]:
+    """{text: id} of Llama 3's 256 special tokens. first: the first one's id."""
+    reserved = [f"<|reserved_special_token_{number}|>" for number in range(2, 256 - len(LLAMA3_SPECIAL) + 2)]
+    return {text: first + i for i, text in enumerate(LLAMA3_SPECIAL + reserved)}

@@ -1,6 +1,7 @@
 """Convert a GGUF file of a Llama to a Hugging Face folder: config.json, the weights, the tokenizer, the chat template.
 
-The folder means to transformers what the file means to it, whose reader does the work. It appears whole or not at all.
+transformers reads the same model from the folder as from the file, because its own reader of GGUF files does the work.
+The folder appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -29,23 +30,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-FLOATS = ("F32", "F16", "BF16")  # the kinds that aren't quantized
+FLOATS = ("F32", "F16", "BF16")  # the kinds of tensors that aren't quantized
 LAYER = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
 KV_HEADS = "llama.attention.head_count_kv"
-ROPE = "rope_freqs.weight"  # by how much Llama 3 stretches each wavelength
+ROPE = "rope_freqs.weight"  # a factor for each of RoPE's wavelengths, which Llama 3 makes longer
 DAMAGED = "truncated or damaged; download it again"
-OPENED = ("is_local", "local_files_only")  # in tokenizer_config.json, transformers writes how the file was opened
+OPENED = ("is_local", "local_files_only")  # transformers writes into tokenizer_config.json how the file was opened
 
 
 def reason(error: Exception) -> str:
     """The first line of an error's message that isn't empty, or the name of its class."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return lines[0]
 
 
 @contextmanager
 def blaming(file: Path, what: str) -> Iterator[None]:
-    """Turns whatever a library raises on a file into an InputError: each has errors of its own for a damaged one."""
+    """Turn any error of a library into an InputError about the file. Each library has its own errors for damage.
+
+    what: what the message says is wrong. InputError and MemoryError pass unchanged.
+    """
     try:
         yield
     except (InputError, MemoryError):
@@ -55,7 +61,7 @@ def blaming(file: Path, what: str) -> Iterator[None]:
 
 
 def read(file: Path) -> GGUFReader:
-    """The gguf.GGUFReader of a file. Raises InputError if it isn't there, is no GGUF file, or is not all there."""
+    """The gguf.GGUFReader of a file. Raises InputError if there is no such file, or it is no GGUF file, or damaged."""
     from gguf import GGUFReader
 
     if not file.is_file():
@@ -64,16 +70,18 @@ def read(file: Path) -> GGUFReader:
         if opened.read(4) != b"GGUF":
             raise InputError(f"{file}: not a GGUF file, which would begin with the letters GGUF")
     with blaming(file, DAMAGED):
-        return GGUFReader(file, "c")  # copy on write: PyTorch warns of arrays that are read-only
+        return GGUFReader(file, "c")  # copy on write, as PyTorch warns about read-only arrays
 
 
 def field(reader: GGUFReader, key: str, default: Any = None) -> Any:
-    """The value of a key of the file's description."""
-    return reader.fields[key].contents() if key in reader.fields else default
+    """The value of a key in the file's header; `default` if the key isn't there."""
+    if key not in reader.fields:
+        return default
+    return reader.fields[key].contents()
 
 
 def check_kind(file: Path, reader: GGUFReader) -> None:
-    """Raise InputError unless the file is a whole Llama."""
+    """Raise InputError if the file is not a Llama, or only a part of one."""
     parts = field(reader, "split.count", 1)
     if named := re.search(r"-\d{5}-of-(\d{5})\.gguf$", file.name):
         parts = max(parts, int(named[1]))
@@ -93,7 +101,7 @@ def check_kind(file: Path, reader: GGUFReader) -> None:
 
 
 def tensor_names(layers: int) -> Iterator[str]:
-    """Names of the tensors that every Llama of so many layers has."""
+    """Names of the tensors that every Llama with this many layers has."""
     yield from ("token_embd.weight", "output_norm.weight")
     for i in range(layers):
         for name in LAYER:
@@ -101,7 +109,7 @@ def tensor_names(layers: int) -> Iterator[str]:
 
 
 def check_tensors(file: Path, reader: GGUFReader) -> None:
-    """Raise InputError for a tensor that is missing, or that transformers' reader would drop silently."""
+    """Raise InputError if a tensor is missing, or if transformers' reader would leave one out without a word."""
     layers = field(reader, "llama.block_count", 0)
     names = {tensor.name for tensor in reader.tensors}
     for name in tensor_names(layers):
@@ -115,7 +123,7 @@ def check_tensors(file: Path, reader: GGUFReader) -> None:
 
 
 def note_rope(file: Path, reader: GGUFReader) -> None:
-    """Say so where the file stretches RoPE: transformers' reader leaves that out."""
+    """Print a note if the file stretches RoPE, because transformers' reader leaves that out."""
     kind = field(reader, "llama.rope.scaling.type", "none")
     if kind != "none" or any(tensor.name == ROPE for tensor in reader.tensors):
         print(
@@ -126,9 +134,9 @@ def note_rope(file: Path, reader: GGUFReader) -> None:
 
 
 def survey(file: Path, reader: GGUFReader) -> tuple[list[torch.dtype], float]:
-    """The small dtypes that hold every value of the matrices, and the largest value of all.
+    """(the 16-bit dtypes that hold every value of the matrices exactly, the largest absolute value of all tensors).
 
-    Raises InputError for values that are not finite.
+    Raises InputError if a tensor can't be read or has values that are not finite.
     """
     from gguf import dequantize
 
@@ -147,7 +155,10 @@ def survey(file: Path, reader: GGUFReader) -> tuple[list[torch.dtype], float]:
 
 
 def choose_dtype(file: Path, reader: GGUFReader, name: str) -> torch.dtype:
-    """The dtype of the folder's weights. Raises InputError if the one that was asked for can't hold them."""
+    """The dtype of the folder's weights. name: a key of DTYPES, or "auto" (see `convert`).
+
+    Raises InputError if `name` can't hold the values.
+    """
     exact, largest = survey(file, reader)
     small = largest <= torch.finfo(torch.float16).max
     if name == "float16" and not small:
@@ -160,12 +171,14 @@ def choose_dtype(file: Path, reader: GGUFReader, name: str) -> torch.dtype:
         return exact[0]
     if all(tensor.tensor_type.name in FLOATS for tensor in reader.tensors):
         return torch.float32
-    return torch.float16 if small else torch.bfloat16
+    if small:
+        return torch.float16
+    return torch.bfloat16
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps transformers from warning and from drawing progress bars."""
+    """Keep transformers from printing warnings and progress bars."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -178,7 +191,7 @@ def quiet() -> Iterator[None]:
 
 
 def load(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """transformers' model and tokenizer of the file. Neither the file's name nor what lies beside it counts."""
+    """transformers' model and tokenizer of the file. The file's name and its neighbours make no difference."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with blaming(file, "transformers can't read it"), quiet(), tempfile.TemporaryDirectory() as alone:
@@ -189,7 +202,7 @@ def load(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTok
 
 
 def restore_row_order(model: PreTrainedModel) -> None:
-    """Undo llama.cpp's row order of q and k, as transformers' reader only does where the file has KV_HEADS."""
+    """Undo llama.cpp's row order of q and k. transformers' reader does so only if the file has KV_HEADS."""
     for layer in model.model.layers:
         for part in (layer.self_attn.q_proj, layer.self_attn.k_proj):
             pairs = part.weight.data.unflatten(0, (-1, model.config.head_dim // 2, 2))
@@ -197,22 +210,23 @@ def restore_row_order(model: PreTrainedModel) -> None:
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the JSON object in a file with a function that edits it in place."""
     values = json.loads(path.read_text(encoding="utf-8"))
     change(values)
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """The tokenizer's files, so that they are read back as they are."""
+    """Write the tokenizer's files, so that readers get the same tokenizer back."""
 
-    def keep_known(values: dict[str, Any]) -> None:  # transformers adds an <|endoftext|> that the model has no row for
+    def keep_known(values: dict[str, Any]) -> None:  # transformers adds <|endoftext|>, a token the model doesn't have
         values["added_tokens"] = [token for token in values["added_tokens"] if token["id"] < vocab_size]
 
     def describe(values: dict[str, Any]) -> None:
         for key in OPENED:
             values.pop(key, None)
-        values["tokenizer_class"] = "PreTrainedTokenizerFast"  # others rebuild parts of tokenizer.json
-        values["add_bos_token"] = tokenizer.add_bos_token  # for other readers: transformers goes by tokenizer.json
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"  # other classes change parts of tokenizer.json
+        values["add_bos_token"] = tokenizer.add_bos_token  # for other readers: transformers looks into tokenizer.json
         values["add_eos_token"] = tokenizer.add_eos_token
 
     tokenizer.save_pretrained(folder)
@@ -221,13 +235,13 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, vocab_size
 
 
 def write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A Hugging Face folder's files."""
+    """Write the files of a Hugging Face folder."""
     from huggingface_hub import save_torch_state_dict
 
     config, state = model.config, model.state_dict()
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
-    vars(config).pop("quantization_config", None)  # the weights aren't any more
+    vars(config).pop("quantization_config", None)  # the weights are no longer quantized
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
@@ -237,7 +251,7 @@ def write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 @contextmanager
 def whole(out: Path) -> Iterator[Path]:
-    """Gives an empty folder that becomes `out` if all goes well, and is gone if not.
+    """Give an empty folder that becomes `out` if all goes well, and is deleted if not.
 
     Raises InputError if `out` exists or can't be written.
     """
@@ -251,7 +265,7 @@ def whole(out: Path) -> Iterator[Path]:
             yield made
             out.parent.mkdir(parents=True, exist_ok=True)
             made.rename(out)
-    except (OSError, SafetensorError) as error:  # the latter where the disk is full
+    except (OSError, SafetensorError) as error:  # the latter comes when the disk is full
         why = getattr(error, "strerror", None) or reason(error)
         raise InputError(f"--out {out}: can't be written ({why}); name a new folder where there is room") from None
 
@@ -259,8 +273,8 @@ def whole(out: Path) -> Iterator[Path]:
 def convert(file: Path | str, out: Path | str, dtype: str = "auto") -> Path:
     """Write the new Hugging Face folder `out` from a GGUF file; returns `out`. Raises InputError if that can't be done.
 
-    dtype: a key of DTYPES, or "auto": bfloat16 or float16 where one holds the matrices exactly, else float32 for files
-    of floats, and for quantized ones float16, or bfloat16 if float16 overflows.
+    dtype: a key of DTYPES, or "auto". That is bfloat16 or float16 if one of them holds the matrices exactly. If not, it
+    is float32 for a file of floats. For a quantized file it is float16, or bfloat16 if float16 can't hold a value.
     """
     file, out = Path(file), Path(out)
     reader = read(file)
@@ -282,13 +296,13 @@ def convert(file: Path | str, out: Path | str, dtype: str = "auto") -> Path:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("file", type=Path, help="GGUF file of a Llama, of any kind that the gguf package can widen")
+    p.add_argument("file", type=Path, help="GGUF file of a Llama, quantized or not")
     p.add_argument("--out", type=Path, required=True, help="folder to write")
     p.add_argument(
         "--dtype",
         choices=["auto", *DTYPES],
         default="auto",
-        help="of the weights (default: auto, the smallest that loses nothing; float16 for quantized files)",
+        help="of the weights (default: auto, the smallest that loses nothing, or float16 for quantized files)",
     )
     args = p.parse_args()
     print(f"wrote {convert(args.file, args.out, args.dtype)}")

@@ -20,7 +20,7 @@ from command import InputError, check_memory, first_line, run_command
 from model import ROPE_SCALING, ModelConfig
 from tokenizer import Tokenizer, read_object
 
-# Ours <- theirs, within a layer; several sources are stacked along the rows.
+# {our tensor: their tensors} of a layer. If they have several, ours is theirs stacked along the rows.
 LAYER = {
     "attention_norm.weight": ["input_layernorm.weight"],
     "attention.wqkv.weight": ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
@@ -32,7 +32,7 @@ LAYER = {
 
 
 def tensor_names(config: ModelConfig) -> dict[str, list[str]]:
-    """Every tensor of the architecture with the Hugging Face tensors it is stacked from: {ours: [theirs, ...]}."""
+    """{our tensor: [their tensors, ...]} of the whole model. Ours is theirs stacked along the rows."""
     names = {"embed.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"]}
     if not config.tied:
         names["head.weight"] = ["lm_head.weight"]
@@ -43,7 +43,7 @@ def tensor_names(config: ModelConfig) -> dict[str, list[str]]:
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file. Raises InputError if it is missing or something else."""
+    """The JSON object in a file. Raises InputError if the file is missing or holds something else."""
     if not path.is_file():
         raise InputError(f"{path}: not found")
     return read_object(path)
@@ -57,7 +57,7 @@ def read_config(folder: Path) -> ModelConfig:
     rope_theta, rope_scaling = read_rope(hf, path)
     special = hf
     if (folder / "generation_config.json").is_file():
-        special = read_json(folder / "generation_config.json")  # where it is there, it alone decides what ends a text
+        special = read_json(folder / "generation_config.json")  # if it is there, only it decides what ends a text
     try:
         config = ModelConfig(
             vocab_size=hf["vocab_size"],
@@ -94,7 +94,7 @@ def as_ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 
 def check_supported(hf: dict, path: Path) -> None:
-    """Raise InputError for a config.json that asks for what this engine doesn't compute."""
+    """Raise InputError if config.json (hf) asks for something that this engine doesn't compute."""
     if hf.get("model_type") != "llama":
         raise InputError(f"{path}: model_type is {hf.get('model_type')!r}; only 'llama' checkpoints can be converted")
     supported = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "quantization_config": None}
@@ -104,8 +104,11 @@ def check_supported(hf: dict, path: Path) -> None:
 
 
 def read_rope(hf: dict, path: Path) -> tuple[float, dict | None]:
-    """RoPE's base, and its scaling as ModelConfig has it, from either spelling of config.json."""
-    for spelling in ("rope_scaling", "rope_parameters"):  # the old one counts where both are there, as in transformers
+    """(RoPE's base, its scaling as in ModelConfig), from either spelling of config.json (hf).
+
+    Raises InputError for a scaling that this engine doesn't know.
+    """
+    for spelling in ("rope_scaling", "rope_parameters"):  # if both are there, the first counts, as in transformers
         if not isinstance(hf.get(spelling) or {}, dict):
             raise InputError(f"{path}: {spelling} is {hf[spelling]!r}; a JSON object was expected")
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
@@ -125,7 +128,10 @@ def read_rope(hf: dict, path: Path) -> tuple[float, dict | None]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: safetensors before .bin, the index's shards before a single file."""
+    """The files that hold the weights: safetensors rather than .bin, an index's shards rather than a single file.
+
+    Raises InputError if there are none.
+    """
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = folder / f"{stem}.{suffix}.index.json"
         single = folder / f"{stem}.{suffix}"
@@ -137,7 +143,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def shard_names(index: Path) -> list[str]:
-    """The file names that an index lists, sorted, without any folders."""
+    """The file names that an index lists, sorted, without folders. Raises InputError if it lists none."""
     weight_map = read_json(index).get("weight_map")
     is_map = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
     if not is_map or not weight_map:
@@ -146,7 +152,10 @@ def shard_names(index: Path) -> list[str]:
 
 
 def read_weights(files: list[Path]) -> dict[str, Tensor]:
-    """All tensors of the given files, mapped where the format allows it: {name: tensor}."""
+    """{name: tensor} of all the files, memory-mapped if the format allows it.
+
+    Raises InputError if a file is missing or damaged, or holds something else than tensors.
+    """
     tensors: dict[str, Tensor] = {}
     for file in tqdm(files, desc="reading", unit="file", disable=None):
         if not file.is_file():
@@ -155,7 +164,7 @@ def read_weights(files: list[Path]) -> dict[str, Tensor]:
             tensors |= read_tensors(file)
         except InputError:
             raise
-        except Exception as error:  # each format has errors of its own for a damaged file
+        except Exception as error:  # each format has its own errors for a damaged file
             raise InputError(f"{file}: truncated or damaged ({first_line(error, 'empty file')})") from None
     for tensor in tensors.values():
         if not isinstance(tensor, Tensor):
@@ -164,17 +173,20 @@ def read_weights(files: list[Path]) -> dict[str, Tensor]:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of one file, of either format."""
+    """{name: tensor} of one file, of either format."""
     if file.suffix == ".safetensors":
         return load_file(file)
-    zipped = zipfile.is_zipfile(file)  # what torch.save writes since PyTorch 1.6; only that can be mapped
+    zipped = zipfile.is_zipfile(file)  # as torch.save writes it since PyTorch 1.6; only this can be mapped
     if not zipped:
         check_memory(file.stat().st_size, "cpu", f"reading {file}")
     return torch.load(file, mmap=zipped, weights_only=True, map_location="cpu")
 
 
 def plan(folder: Path, config: ModelConfig, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What model.pth will hold: {ours: meta tensor}. Raises InputError for what is missing, odd, or left over."""
+    """What model.pth will hold: {our name: meta tensor}. theirs: {their name: tensor}.
+
+    Raises InputError for a tensor that is missing, doesn't fit, or has no place in the model.
+    """
     wanted = {}
     left = set(theirs)
     for ours, names in tensor_names(config).items():
@@ -193,7 +205,7 @@ def plan(folder: Path, config: ModelConfig, theirs: dict[str, Tensor]) -> dict[s
 
 
 def check_tensor(folder: Path, name: str, theirs: dict[str, Tensor]) -> None:
-    """Raise InputError if a tensor is missing, or not of a floating type that this engine knows."""
+    """Raise InputError if a tensor is missing, or has another dtype than float32, bfloat16 or float16."""
     if name not in theirs:
         raise InputError(f"{folder}: the checkpoint has no tensor {name}")
     dtype = theirs[name].dtype
@@ -202,14 +214,14 @@ def check_tensor(folder: Path, name: str, theirs: dict[str, Tensor]) -> None:
 
 
 def is_redundant(name: str, config: ModelConfig) -> bool:
-    """Whether a file may list this tensor though nothing needs it: a tied model's head, or tables of RoPE."""
+    """Whether a file may have this tensor though nothing needs it: a tied model's head, or tables of RoPE."""
     return (name == "lm_head.weight" and config.tied) or name.endswith("rotary_emb.inv_freq")
 
 
 def untie(config: ModelConfig, theirs: dict[str, Tensor]) -> ModelConfig:
-    """The description of a model that is not tied, if the file has a head that is not its embedding.
+    """The config, not tied if the files have a head that differs from the embedding.
 
-    That counts whatever config.json says, as in transformers 5.
+    The files count, whatever config.json says, as in transformers 5.
     """
     head, embedding = theirs.get("lm_head.weight"), theirs.get("model.embed_tokens.weight")
     if not config.tied or head is None or embedding is None or same_values(head, embedding):
@@ -218,8 +230,8 @@ def untie(config: ModelConfig, theirs: dict[str, Tensor]) -> ModelConfig:
     return replace(config, tied=False)
 
 
-# Settings of generation_config.json that change the distribution, with their values that change nothing. transformers'
-# generate() follows them, this engine doesn't.
+# Settings of generation_config.json that change the distribution of tokens, each with the value that changes nothing.
+# transformers' generate() obeys them, this engine doesn't.
 CHANGES_LOGITS = {
     "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
@@ -238,7 +250,7 @@ CHANGES_LOGITS = {
 
 
 def note_what_is_left_out(folder: Path) -> None:
-    """Print a line about what generation_config.json asks for and this engine leaves out, if there is anything."""
+    """Print a line if generation_config.json asks for something that this engine leaves out."""
     generation = read_object(folder / "generation_config.json")
     found = [name for name, off in CHANGES_LOGITS.items() if generation.get(name) not in (None, off)]
     if found:
@@ -249,14 +261,17 @@ def note_what_is_left_out(folder: Path) -> None:
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:
-    """Whether two matrices are equal. Compares some rows at a time, which takes little memory."""
+    """Whether two tensors are equal. Compares a part of the rows at a time, which takes little memory."""
     if a.shape != b.shape:
         return False
     return all(map(torch.equal, a.split(4096), b.split(4096)))
 
 
 def convert(folder: str | Path) -> Path:
-    """Write model.pth and model.json into a Hugging Face folder, tensor by tensor; returns the path of model.pth."""
+    """Write model.pth and model.json into a Hugging Face folder. Returns the path of model.pth.
+
+    Raises InputError for a folder that can't be converted. Goes tensor by tensor, so that memory holds little at once.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"--checkpoint_dir {folder}: no such folder")
@@ -275,7 +290,10 @@ def convert(folder: str | Path) -> Path:
 
 
 def stack(folder: Path, names: list[str], theirs: dict[str, Tensor], result: Tensor) -> None:
-    """Move the named tensors into the rows of result. Raises InputError for values that are not finite."""
+    """Move the named tensors out of `theirs` into the rows of result, one below the other.
+
+    Raises InputError for values that are not finite.
+    """
     start = 0
     for name in names:
         part = theirs.pop(name)

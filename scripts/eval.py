@@ -1,13 +1,13 @@
-"""How good is a checkpoint, at the end and at every exit?
+"""Measure how good a checkpoint is, at its last layer and at every exit.
 
---tasks: tasks of EleutherAI's lm-evaluation-harness, with this engine as the model. Log-likelihoods are those of the
-whole model, or of --exit_layer; texts are decoded plainly, or with --self_speculative. Writes FILE.json (the harness's
-results), FILE.jsonl and FILE.csv (a row per metric). Answers are kept as they come (rolling log-likelihoods: all at the
-end), so that an interrupted evaluation goes on where it was.
+--tasks: run tasks of EleutherAI's lm-evaluation-harness. Log-likelihoods are those of the whole model, or of
+--exit_layer. Texts are decoded plainly, or with --self_speculative. Writes FILE.json (the harness's results), and
+FILE.jsonl and FILE.csv (a row per metric). Each answer is kept at once, so that an interrupted evaluation goes on where
+it was. Only rolling log-likelihoods are all kept at the end.
 
---text: loss, perplexity and agreement with the last layer, of every exit on any text file, as FILE.text.csv and a plot,
-FILE.text.png. With --reference, the agreement is with the last layer of that checkpoint. For example, compare a
-quantized checkpoint with what it was made from.
+--text: measure every exit on a text file: loss, perplexity, and agreement with the last layer. Writes FILE.text.csv and
+a plot, FILE.text.png. With --reference, the agreement is with the last layer of that checkpoint. For example, compare a
+quantized checkpoint with the checkpoint that it was made from.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from train import LayerSkipLoss, evaluate
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options, checked. Raises InputError for values that don't work."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
         "--checkpoint_path",
@@ -55,20 +56,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def add_harness_options(g: argparse._ArgumentGroup) -> None:
+    """What --tasks takes."""
     g.add_argument("--tasks", nargs="+", metavar="NAME", default=[], help="such as hellaswag arc_easy humaneval")
-    g.add_argument("--include_path", type=Path, metavar="DIR", help="folder with task descriptions (YAML) of your own")
+    g.add_argument("--include_path", type=Path, metavar="DIR", help="folder with your own task descriptions (YAML)")
     g.add_argument("--num_fewshot", type=int, help="solved examples before each question (default: the task's)")
     g.add_argument("--limit", type=int, help="use only the first N examples of each task, to try things out")
-    g.add_argument("--exit_layer", type=int, help="log-likelihoods of this layer's exit (default: the last layer)")
+    g.add_argument("--exit_layer", type=int, help="layer that gives the log-likelihoods (default: the last layer)")
     g.add_argument(
         "--self_speculative",
         action="store_true",
-        help="decode texts with self-speculation, which keeps their distribution",
+        help="decode texts with self-speculation, which doesn't change their distribution",
     )
-    g.add_argument("--early_exit", type=int, help="layers to draft with (default: a quarter)")
+    g.add_argument("--early_exit", type=int, help="draft with this many layers (default: a quarter of them)")
     g.add_argument("--speculate_k", type=int, default=4, help="tokens to draft per round (default: %(default)s)")
     g.add_argument("--compile", action="store_true", help="compile decoding")
-    g.add_argument("--max_gen_toks", type=int, help="most tokens of a generated text (default: the task's)")
+    g.add_argument(
+        "--max_gen_toks", type=int, help="largest number of tokens in a generated text (default: the task's)"
+    )
     g.add_argument(
         "--run_code",
         action="store_true",
@@ -78,12 +82,15 @@ def add_harness_options(g: argparse._ArgumentGroup) -> None:
 
 
 def add_text_options(g: argparse._ArgumentGroup) -> None:
-    g.add_argument("--text", type=Path, metavar="FILE", help="loss, perplexity and agreement per exit on this text")
+    """What --text takes."""
+    g.add_argument(
+        "--text", type=Path, metavar="FILE", help="measure loss, perplexity and agreement of every exit on this text"
+    )
     g.add_argument(
         "--window",
         type=int,
         default=512,
-        help="tokens that are scored together (default: %(default)s, at most the context)",
+        help="tokens to score together, at most the context (default: %(default)s)",
     )
     g.add_argument(
         "--max_tokens",
@@ -95,12 +102,12 @@ def add_text_options(g: argparse._ArgumentGroup) -> None:
         "--reference",
         type=Path,
         metavar="CHECKPOINT",
-        help="model.pth whose last layer's choices the agreement is with",
+        help="model.pth whose last layer the exits must agree with (default: the checkpoint's own)",
     )
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raise InputError for values that nothing can be evaluated with, or that contradict each other."""
+    """Raise InputError for values that don't work, or don't work together."""
     if not args.tasks and not args.text:
         raise InputError("nothing to do: give --tasks, --text or both")
     if args.early_exit is not None and not args.self_speculative:
@@ -126,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def evaluate_tasks(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> None:
-    """Run --tasks; write and print their metrics."""
+    """Run --tasks. Write and print their metrics."""
     draft = None
     if args.self_speculative:
         draft = model.config.default_exit if args.early_exit is None else args.early_exit
@@ -135,22 +142,26 @@ def evaluate_tasks(args: argparse.Namespace, model: Transformer, tokenizer: Toke
         how = dict(exit_layer=draft, k=args.speculate_k, compile=args.compile, seed=0)
         return Decoder(model, sampling=sampling, rows=rows, **how)
 
-    build(Sampling(), 1)  # what is out of range shows now
+    build(Sampling(), 1)  # if an option is out of range, the error comes now
     from harness import Engine, run_tasks
 
     results = run_tasks(args, Engine(model, tokenizer, args.exit_layer, build, args.batch_size))
     Path(f"{args.out}.json").write_text(json.dumps(results, default=str) + "\n")
     rows = metric_rows(results["results"])
     tasks.write_rows(args.out, rows)
-    layers = "all layers" if args.exit_layer is None else f"exit {args.exit_layer}"
+    layers = "all layers"
+    if args.exit_layer is not None:
+        layers = f"exit {args.exit_layer}"
     print(f"\n{args.checkpoint_path}, {layers}")
     for row in rows:
-        error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
+        error = ""
+        if row["stderr"] is not None:
+            error = f" ± {row['stderr']:.4f}"
         print(f"{row['task']:30s} {row['metric']:30s} {row['value']:.4f}{error}")
 
 
 def metric_rows(results: dict[str, dict[str, Any]]) -> list[tasks.Row]:
-    """A row for each metric of the harness's results, {task: {metric,filter: value}}, with its standard error."""
+    """A row for each metric, with its standard error. results: the harness's, {task: {"metric,filter": value}}."""
     rows = []
     for task, values in results.items():
         for name, value in values.items():
@@ -163,16 +174,18 @@ def metric_rows(results: dict[str, dict[str, Any]]) -> list[tasks.Row]:
     return rows
 
 
-# A text, at every exit.
+# Every exit on a text.
 
 
 def evaluate_text(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> None:
-    """Score --text; write, plot and print the table."""
+    """Score --text. Write, plot and print the table."""
     count, rows = score_text(args, model, tokenizer)
     tasks.write_rows(f"{args.out}.text", rows)
     path = args.checkpoint_path
     plot(f"{args.out}.text.png", rows, f"{path.parent.name}/{path.name} on {args.text.name}")
-    of = f" of {args.reference}" if args.reference else ""
+    of = ""
+    if args.reference:
+        of = f" of {args.reference}"
     print(f"\n{path} on {count} tokens of {args.text}; agreement with the last layer{of}")
     print("exit   loss  perplexity  bits/byte  agreement")
     for row in rows:
@@ -183,7 +196,10 @@ def evaluate_text(args: argparse.Namespace, model: Transformer, tokenizer: Token
 
 
 def score_text(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> tuple[int, list[tasks.Row]]:
-    """(tokens scored, a row for each exit: loss in nats per token, perplexity, bits per byte, agreement)."""
+    """(number of tokens scored, a row for each exit: loss in nats per token, perplexity, bits per byte, agreement).
+
+    Raises InputError if the text can't be read or is too short, or --reference can't be compared.
+    """
     text = read_text(args.text)
     ids = torch.tensor(tokenizer.encode(text))
     context = min(args.window, model.config.context)
@@ -203,7 +219,7 @@ def score_text(args: argparse.Namespace, model: Transformer, tokenizer: Tokenize
         model.embed.weight.device,
         reference,
     )
-    scale = (len(ids) - 1) / len(text.encode()) / math.log(2)  # bits per byte where a token costs one nat
+    scale = (len(ids) - 1) / len(text.encode()) / math.log(2)  # bits per byte, if a token costs one nat
     rows = []
     for i, (loss, share) in enumerate(zip(losses.tolist(), agreement.tolist(), strict=True), 1):
         perplexity = math.exp(loss)
@@ -212,6 +228,7 @@ def score_text(args: argparse.Namespace, model: Transformer, tokenizer: Tokenize
 
 
 def read_text(path: Path) -> str:
+    """The text of a file. Raises InputError if it can't be read or isn't UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -233,7 +250,7 @@ def load_reference(args: argparse.Namespace, tokenizer: Tokenizer) -> Transforme
 
 
 def plot(path: str, rows: list[tasks.Row], title: str) -> None:
-    """Perplexity and agreement over the exit layer, as a PNG."""
+    """Draw perplexity and agreement over the exit layer, as a PNG."""
     plt = tasks.pyplot()
     layers = [row["exit_layer"] for row in rows]
     perplexity = [row["perplexity"] for row in rows]

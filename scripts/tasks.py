@@ -1,4 +1,4 @@
-"""What the measuring scripts share: the prompts to decode, their options, their results on disk, and how to judge both.
+"""What the measuring scripts share: prompts, options, scores of texts, results on disk, statistics of timings.
 
 Prompts and their references come from a dataset of the hub, or from local files.
 """
@@ -52,28 +52,32 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A dataset of the hub, and how a row of it becomes an Example."""
+    """A dataset of the hub, and how one of its rows becomes an Example."""
 
     repo: str
-    name: str | None  # of the dataset's configuration
-    columns: tuple[str, ...]  # those that `example` takes, in its order
+    name: str | None  # of the dataset's configuration, if it has several
+    columns: tuple[str, ...]  # the values that `example` takes, in its order
     example: Callable[..., Example]
-    shots: str = "train"  # the split that solved examples are drawn from
+    shots: str = "train"  # the split from which solved examples are drawn
 
     def make(self, row: Row) -> Example:
+        """The Example in a row of the dataset."""
         return self.example(*[row[column] for column in self.columns])
 
 
 def summary(article: str, text: str) -> Example:
+    """Summarize the article; `text` is a good summary."""
     return Example(f"Article: {article}\nSummary:", f" {text}")
 
 
 def opening(article: str) -> Example:
+    """Go on after the article's first LM_WORDS words."""
     words = article.split()
     return Example(" ".join(words[:LM_WORDS]), " " + " ".join(words[LM_WORDS:]))
 
 
 def semantic_parse(utterance: str, parse: str) -> Example:
+    """Write the meaning of a sentence in the notation of TOPv2."""
     return Example(utterance, f"\n{parse}")
 
 
@@ -90,8 +94,9 @@ TASKS = {
 def load_task(name: str, n_shot: int = 0, seed: int = 0, data_dir: str | Path | None = None) -> list[Example]:
     """The Examples of one of TASKS, or of a JSONL file.
 
-    n_shot: this many solved examples come before each prompt. The seed draws them from the training split. Where there
-    is none, it draws them from the examples themselves, which are then left out. Raises InputError.
+    n_shot: put this many solved examples before each prompt. They are drawn at random with `seed`, from the training
+    split. If there is none, they are drawn from the examples themselves, and are then not asked for. data_dir: read
+    local files instead of the hub. Raises InputError if the task can't be read or has too few examples.
     """
     examples = read_examples(name, data_dir)
     before = ""
@@ -107,7 +112,7 @@ def load_task(name: str, n_shot: int = 0, seed: int = 0, data_dir: str | Path | 
 
 
 def read_examples(name: str, data_dir: str | Path | None) -> list[Example]:
-    """All examples of a task, in the order of its test split or its file."""
+    """All examples of a task, in the order of its test split or file. Raises InputError for an unknown task."""
     if name in TASKS:
         return [TASKS[name].make(row) for row in read_split(name, "test", data_dir)]
     if Path(name).suffix == ".jsonl" or Path(name).is_file():
@@ -118,7 +123,7 @@ def read_examples(name: str, data_dir: str | Path | None) -> list[Example]:
 def draw_shots(
     name: str, examples: list[Example], n_shot: int, seed: int, data_dir: str | Path | None
 ) -> tuple[list[Example], list[Example]]:
-    """(n_shot solved examples, the examples that are left to ask for)."""
+    """(n_shot solved examples, the examples that are still to be asked for)."""
     task = TASKS.get(name)
     if task is None or task.shots == "test":
         chosen = draw_indices(name, len(examples), len(examples) - 1, n_shot, seed)
@@ -137,7 +142,10 @@ def draw_indices(name: str, size: int, most: int, n_shot: int, seed: int) -> lis
 
 
 def read_split(name: str, split: str, data_dir: str | Path | None) -> "datasets.Dataset":
-    """The rows of a split of one of TASKS, from local files if data_dir is given, or else from the hub."""
+    """The rows of a split of one of TASKS, from local files if data_dir is given, else from the hub.
+
+    Raises InputError if they can't be read or lack a column.
+    """
     import datasets
 
     datasets.disable_progress_bars()
@@ -153,7 +161,7 @@ def read_split(name: str, split: str, data_dir: str | Path | None) -> "datasets.
 
 
 def read_local(name: str, split: str, folder: Path) -> "datasets.Dataset":
-    """A split from the files named after it: test.jsonl, or test-00000-of-00002.parquet and its other parts."""
+    """A split from the files whose names begin with its name: test.jsonl, or test-00000-of-00002.parquet and so on."""
     import datasets
 
     files = [file for file in sorted(folder.glob(f"{split}*")) if file.suffix in FILE_KINDS]
@@ -165,11 +173,12 @@ def read_local(name: str, split: str, folder: Path) -> "datasets.Dataset":
     parts = [str(file) for file in files if file.suffix == suffix]
     try:
         return datasets.load_dataset(FILE_KINDS[suffix], data_files=parts, split="train")
-    except Exception as error:  # each format has errors of its own
+    except Exception as error:  # each format has its own errors
         raise InputError(f"--data_dir {folder}: {files[0].name} can't be read ({reason(error)})") from None
 
 
 def read_hub(name: str, split: str) -> "datasets.Dataset":
+    """A split from the hub, or from the cache of earlier downloads. Raises InputError if neither has it."""
     import datasets
 
     task = TASKS[name]
@@ -183,13 +192,17 @@ def read_hub(name: str, split: str) -> "datasets.Dataset":
 
 
 def reason(error: Exception) -> str:
+    """The first line of an error's message, or the name of its class."""
     return first_line(error, type(error).__name__)
 
 
 def read_jsonl(path: str | Path) -> list[Example]:
-    """The Examples of a file whose lines are JSON objects with a `prompt` and perhaps a `reference`."""
+    """The Examples of a file whose lines are JSON objects with a `prompt` and perhaps a `reference`.
+
+    Raises InputError if it can't be read, is empty, or has another line.
+    """
     try:
-        # Not splitlines: a JSON string may hold other characters that end a line for it.
+        # Not splitlines: it also cuts at other characters, which a JSON string may hold.
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--task {path}: can't be read ({getattr(error, 'strerror', None) or error})") from None
@@ -215,10 +228,11 @@ def parse_example(line: str, where: str) -> Example:
 
 
 def score(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """How close texts come to their references: {name of SCORES: mean over the texts}, both stripped.
+    """How close texts come to their references: {name in SCORES: mean over the texts}.
 
-    ROUGE is the F-measure (0 to 1), BLEU that of the whole corpus (0 to 100), exact_match a share, and edit_distance
-    counts the characters that are inserted, deleted or replaced.
+    White space at both ends doesn't count. ROUGE is the F-measure (0 to 1). BLEU is that of all texts together (0 to
+    100). exact_match is the share of texts that equal their reference. edit_distance is the number of characters that
+    must be inserted, deleted or replaced.
     """
     import sacrebleu
     from rapidfuzz.distance import Levenshtein
@@ -238,13 +252,16 @@ def score(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     return {name: sum(found) / len(found) for name, found in values.items()}
 
 
-# Options that every measuring script takes.
+# Options of every measuring script.
 
 
 def parser(
     description: str | None, ks: list[int], exits: str = "all in the lower half", num_prompts: int = 4
 ) -> argparse.ArgumentParser:
-    """A parser with the shared options. Defaults: ks are the draft lengths, exits the exit layers in words."""
+    """A parser with the shared options.
+
+    ks: default draft lengths. exits: the default exit layers, in words for --help. num_prompts: the default.
+    """
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_task_options(p.add_argument_group("what to decode"), num_prompts)
     add_decoding_options(p.add_argument_group("how to decode"), ks, exits)
@@ -252,6 +269,7 @@ def parser(
 
 
 def add_task_options(g: argparse._ArgumentGroup, num_prompts: int) -> None:
+    """The checkpoint, the prompts, and how many tokens to decode."""
     g.add_argument(
         "--checkpoint_path",
         type=Path,
@@ -266,20 +284,23 @@ def add_task_options(g: argparse._ArgumentGroup, num_prompts: int) -> None:
     g.add_argument(
         "--data_dir",
         type=Path,
-        help="read the task's splits from this folder's parquet, JSONL or CSV files, not the hub",
+        help="read the task's splits from parquet, JSONL or CSV files in this folder, not from the hub",
     )
     g.add_argument("--n_shot", type=int, default=0, help="put this many solved examples before each prompt")
-    g.add_argument("--num_prompts", type=int, default=num_prompts, help="use the first N prompts")
+    g.add_argument(
+        "--num_prompts", type=int, default=num_prompts, help="use the first N prompts that fit into the context"
+    )
     g.add_argument(
         "--max_new_tokens", type=int, default=256, help="decode this many tokens per prompt, even beyond an EOS token"
     )
 
 
 def add_decoding_options(g: argparse._ArgumentGroup, ks: list[int], exits: str) -> None:
-    g.add_argument("--early_exit", "--exit_layer", type=int, nargs="+", help=f"exit layers to try; None is {exits}")
+    """Speculation, sampling, and how to compute."""
+    g.add_argument("--early_exit", "--exit_layer", type=int, nargs="+", help=f"exit layers to try; None means {exits}")
     g.add_argument("--speculate_k", "--num_speculations", type=int, nargs="+", default=ks, help="draft lengths to try")
-    g.add_argument("--temperature", type=float, default=0.0, help="0 always takes the most likely token")
-    g.add_argument("--top_k", type=int, help="draw from the k most likely tokens only")
+    g.add_argument("--temperature", type=float, default=0.0, help="0: always take the most likely token")
+    g.add_argument("--top_k", type=int, help="draw only from the k most likely tokens")
     g.add_argument(
         "--top_p", type=float, default=1.0, help="draw from the most likely tokens that together have this probability"
     )
@@ -288,23 +309,24 @@ def add_decoding_options(g: argparse._ArgumentGroup, ks: list[int], exits: str) 
         "--draft_head",
         choices=["int8", "full"],
         default="int8",
-        help="draft with a copy of the output head in int8, or with the head itself",
+        help="draft with an int8 copy of the output head, or with the head itself",
     )
     g.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1")
     g.add_argument(
         "--precision",
         choices=["bfloat16", "float16", "float32"],
-        help="of the weights; None is bfloat16 on CUDA and float32 on the CPU",
+        help="of the weights; None means bfloat16 on CUDA and float32 on the CPU",
     )
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile decoding")
 
 
 def default_device() -> str:
+    """What --device is if nobody says."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise InputError for values of the shared options that nothing can be measured with."""
+    """Raise InputError if a shared option has a value that doesn't work."""
     check_machine(args.device)
     check_at_least(1, args, "num_prompts")
     check_at_least(2, args, "max_new_tokens")
@@ -323,7 +345,7 @@ def check_machine(device: str) -> None:
 
 
 def check_at_least(least: int, args: argparse.Namespace, *names: str) -> None:
-    """Raise InputError for an option, of those named, that is given and below `least`."""
+    """Raise InputError if one of the named options is given and is less than `least`."""
     for name in names:
         value = getattr(args, name)
         if value is not None and value < least:
@@ -336,20 +358,20 @@ def sampling(args: argparse.Namespace) -> Sampling:
 
 
 def grid(args: argparse.Namespace, n_layer: int) -> tuple[list[int], list[int]]:
-    """(exit layers, draft lengths) to try, both sorted, of a model of n_layer layers."""
+    """(exit layers, draft lengths) to try on a model of n_layer layers, both sorted."""
     exits = args.early_exit or range(1, max(2, n_layer // 2 + 1))
     return sorted(set(exits)), sorted(set(args.speculate_k))
 
 
-# Prompts and decoders, as the options name them.
+# Prompts and decoders, as the options describe them.
 
 
 def load_prompts(
     args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, spare: int = 0
 ) -> tuple[list[Example], list[list[int]]]:
-    """(examples, their prompts' ids): the first num_prompts that leave enough room in the context.
+    """(examples, the ids of their prompts): the first num_prompts that leave enough room in the context.
 
-    The room is for max_new_tokens and `spare` more. Raises InputError if there is no such prompt.
+    Enough is max_new_tokens and `spare` more. Raises InputError if there is no such prompt.
     """
     room = model.config.context - args.max_new_tokens - spare
     examples, prompts = [], []
@@ -377,8 +399,10 @@ def make_decoder(
     drafter: Drafter | None = None,
     **options: Any,
 ) -> Decoder:
-    """A Decoder as the arguments describe it, plain if exit_layer is None. rows: positions that its caches have.
-    drafter: one to take instead; options: more of `make_drafter`.
+    """A Decoder as the options describe it.
+
+    rows: number of positions in its caches. exit_layer: the layer that drafts k tokens per round; None decodes plainly.
+    drafter: drafts instead of that layer. options: more of `make_drafter`.
     """
     return Decoder(
         model,
@@ -395,7 +419,7 @@ def make_decoder(
 
 
 def weights_kind(model: Transformer) -> str:
-    """How the weights are stored: int8 or int4 if they are quantized, else their dtype."""
+    """How the weights are stored: int8 or int4 if they are quantized, else the name of their dtype."""
     return model.config.quantization or dtype_name(model.embed.weight.dtype)
 
 
@@ -409,7 +433,7 @@ def warm_up(decoder: Decoder, prompt: list[int]) -> None:
 
 
 def settings(args: argparse.Namespace, *without: str) -> Row:
-    """The options as JSON can hold them, but for some. Paths inside the repository are relative to it."""
+    """The options as JSON can hold them. without: leave these out. Paths in the repository are relative to it."""
     values = {}
     for name, value in vars(args).items():
         if name in without:
@@ -423,7 +447,7 @@ def settings(args: argparse.Namespace, *without: str) -> Row:
 
 
 def measured_with(args: argparse.Namespace, *without: str) -> Row:
-    """What results hold for: the options but for some, the input files as they are now, and what computes."""
+    """What results depend on: the options, the input files as they are now, and the machine. without: not these."""
     files = {}
     for name in ("checkpoint_path", "task"):
         path = getattr(args, name, None)
@@ -438,12 +462,12 @@ def measured_with(args: argparse.Namespace, *without: str) -> Row:
 
 
 class Results:
-    """Rows that survive an interrupt. They are kept in FILE.jsonl, whose first line is what they were measured with."""
+    """Rows that survive an interrupt. FILE.jsonl keeps them; its first line says what they were measured with."""
 
     def __init__(self, out: str | Path | None, conditions: Row) -> None:
         """out: FILE, or None to keep the rows in memory only. conditions: what `measured_with` returns.
 
-        Continues a file that was measured under the same conditions. Raises InputError if it was under others.
+        If there is such a file with the same conditions, its rows are taken over. Raises InputError if it has others.
         """
         self.out = out
         self.path: Path | None = None
@@ -453,7 +477,7 @@ class Results:
             self.resume(self.path, json.loads(json.dumps(conditions)))
 
     def resume(self, path: Path, header: Row) -> None:
-        """Take over the rows of a file, or begin it."""
+        """Take over the rows of a file, or begin a new one."""
         lines = self.read(path)
         if not lines:
             path.write_text(json.dumps(header) + "\n")
@@ -468,7 +492,7 @@ class Results:
         print(f"note: {path} has {len(self.rows)} results already; delete it to measure them anew")
 
     def read(self, path: Path) -> list[Row]:
-        """The file's lines: [] if there is no such file."""
+        """The file's lines; [] if there is no such file. Raises InputError if a line isn't JSON."""
         if not path.exists():
             return []
         try:
@@ -479,6 +503,7 @@ class Results:
             ) from None
 
     def add(self, row: Row) -> None:
+        """Keep one more row, in the file too."""
         self.rows.append(row)
         if self.path:
             with open(self.path, "a") as file:
@@ -486,7 +511,7 @@ class Results:
 
 
 def write_rows(out: str | Path, rows: list[Row]) -> None:
-    """Rows of the same keys, as FILE.jsonl and FILE.csv."""
+    """Write rows, which all have the same keys, as FILE.jsonl and FILE.csv."""
     with open(f"{out}.jsonl", "w") as file:
         for row in rows:
             file.write(json.dumps(row) + "\n")
@@ -494,7 +519,7 @@ def write_rows(out: str | Path, rows: list[Row]) -> None:
 
 
 def write_csv(path: str | Path, rows: list[Row]) -> None:
-    """Rows of the same keys, as a table. Lists in a cell are joined by spaces."""
+    """Write rows, which all have the same keys, as a table."""
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
@@ -503,11 +528,14 @@ def write_csv(path: str | Path, rows: list[Row]) -> None:
 
 
 def csv_cell(value: Any) -> Any:
-    return " ".join(map(str, value)) if isinstance(value, list) else value
+    """A value as it stands in a table: the items of a list are joined by spaces."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return value
 
 
 def pyplot() -> ModuleType:
-    """matplotlib's pyplot, drawing to files."""
+    """matplotlib's pyplot, set to draw to files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -520,10 +548,11 @@ def pyplot() -> ModuleType:
 
 
 def compare(plain: Any, other: Any) -> tuple[float, float, float]:
-    """(speedup, low, high): how much sooner `other` is done than `plain`, given the seconds (prompts, repeats) of each.
+    """(speedup, low, high): how many times faster `other` is than `plain`.
 
-    The speedup is that of all prompts one after the other, each by the median of its repeats. low and high are a 95%
-    bootstrap interval, over prompts and repeats.
+    plain, other: arrays of seconds (prompts, repeats). The speedup compares the times for all prompts together, where
+    the time of a prompt is the median of its repeats. low and high are the ends of a 95% bootstrap interval, over
+    prompts and repeats.
     """
     plain, other = np.asarray(plain), np.asarray(other)
     generator = np.random.default_rng(0)
@@ -537,10 +566,10 @@ def compare(plain: Any, other: Any) -> tuple[float, float, float]:
 
 
 def interval(row: Row, form: str) -> str:
-    """A row's speedup, written as `form` says, with its interval: 1.50x (1.40 to 1.60)."""
+    """A row's speedup with its interval: 1.50x (1.40 to 1.60). form: the format of the first number, such as .2f."""
     return f"{row['speedup']:{form}}x ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
 
 
 def typical(seconds: Any) -> Any:
-    """Seconds (...) that all prompts take, by the medians of their repeats, given seconds (..., prompts, repeats)."""
+    """From seconds (..., prompts, repeats): the sum over the prompts of the median of their repeats (...)."""
     return np.median(seconds, axis=-1).sum(-1)

@@ -5,6 +5,8 @@ on a GPU, or on several under torchrun: each then has a copy of the model or, wi
 checkpoint folder that generate.py reads, and a table of the loss and the agreement of every exit.
 """
 
+# The options are in train_options.py.
+
 import argparse
 import json
 import math
@@ -38,10 +40,11 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from checkpoint import load_model, read_state, save_checkpoint
-from command import InputError, check_device
+from command import InputError
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 from tp import Shard, run_command, start
+from train_options import add_options, check_args, default_precision
 
 # Sizes: L layers, each with an exit; B sequences per step over all processes, b of them in this one; T tokens in a
 # sequence; D numbers in a hidden state; V tokens in the vocabulary.
@@ -53,19 +56,21 @@ from tp import Shard, run_command, start
 def dropout_probabilities(n_layer: int, step: int, steps: int, p_max: float, from_scratch: bool) -> Tensor:
     """Probability (L,) float32 that each layer is skipped at this step: S(t) D(l) p_max (paper, section 4.1).
 
-    D grows exponentially over the layers, from 0 to 1. S does so over the steps when training from scratch, and is 1
-    when a trained model is continued.
+    D grows exponentially over the layers, from 0 to 1. S grows in the same way over the steps of a new model's training
+    (from_scratch). For a model that is trained further, S is 1.
     """
     depth = torch.arange(n_layer) * (math.log(2) / max(n_layer - 1, 1))
-    time_scale = math.expm1(step * math.log(2) / max(steps - 1, 1)) if from_scratch else 1.0
+    time_scale = 1.0
+    if from_scratch:
+        time_scale = math.expm1(step * math.log(2) / max(steps - 1, 1))
     return p_max * time_scale * torch.expm1(depth)
 
 
 def enabled_exits(n_layer: int, step: int, steps: int, curriculum: str, rotation: int) -> Tensor:
-    """Which exits (L,) bool take part in the loss at this step: C(t, l) (paper, section 4.2). The last one always does.
+    """Which exits (L,) bool are in the loss at this step: C(t, l) (paper, section 4.2). The last one always is.
 
-    rotational: every `rotation`-th layer, shifted by one each step. gradual: from the last layer down, one more after
-    every steps / (2 L) steps, so that all are enabled in the second half of the run.
+    rotational: every `rotation`-th layer, shifted by one each step. gradual: first the last layer alone. After every
+    steps / (2 L) steps the next lower layer joins, so that all are in the loss in the second half of the run.
     """
     layer = torch.arange(n_layer)
     if curriculum == "rotational":
@@ -78,18 +83,21 @@ def enabled_exits(n_layer: int, step: int, steps: int, curriculum: str, rotation
 
 
 def exit_weights(enabled: Tensor, scale: float, power: float | None = None) -> Tensor:
-    """Weight (L,) float32 of each exit's cross entropy: e~(t, l) (paper, section 4.2). The enabled exits' add up to 1.
+    """Weight (L,) float32 of each exit's cross entropy: e~(t, l) (paper, section 4.2). They add up to 1.
 
     power None, the paper's: e(l) = scale * (0 + 1 + ... + l) for l < L - 1, and
     e(L - 1) = L - 1 + scale * (0 + 1 + ... + (L - 2)).
-    With a power, ours: e(l) = scale * (l + 1)^power for l < L - 1, and e(L - 1) = 1. It is for short runs, in which
-    the earliest exits learn too little with the paper's weights.
+    With a power, our own: e(l) = scale * (l + 1)^power for l < L - 1, and e(L - 1) = 1. This is for short runs: with
+    the paper's weights, the earliest exits would learn too little in them.
+    An exit that is not enabled has the weight 0.
     """
     layer = torch.arange(len(enabled), dtype=torch.float64)
     last = len(enabled) - 1
     if power is None:
         weight = scale * layer * (layer + 1) / 2
-        weight[last] = last + scale * (last - 1) * last / 2 if last else 1.0
+        weight[last] = last + scale * (last - 1) * last / 2
+        if last == 0:  # the only exit, whose weight would be 0
+            weight[last] = 1.0
     else:
         weight = scale * (layer + 1) ** power
         weight[last] = 1.0
@@ -99,7 +107,7 @@ def exit_weights(enabled: Tensor, scale: float, power: float | None = None) -> T
 
 @dataclass(frozen=True)
 class Schedule:
-    """What differs from step to step. A function of the step alone, so that a resumed run goes on exactly."""
+    """What differs from step to step. It depends on the step alone, so that a resumed run goes on exactly."""
 
     args: argparse.Namespace
     n_layer: int
@@ -113,13 +121,13 @@ class Schedule:
         return torch.rand(self.n_layer, args.batch_size, generator=generator) >= skip[:, None]
 
     def weights(self, step: int) -> Tensor:
-        """The weight (L,) float32 of each exit in the loss; 0 for exits that take no part."""
+        """The weight (L,) float32 of each exit in the loss; 0 for the exits that are not in it."""
         args = self.args
         enabled = enabled_exits(self.n_layer, step, args.steps, args.curriculum, args.rotation)
         return exit_weights(enabled, args.exit_scale, args.exit_power)
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up to the peak --lr, then half a cosine down to a tenth of it."""
+        """The learning rate: it rises linearly to the peak --lr, then falls as a cosine to a tenth of the peak."""
         args = self.args
         if step < args.warmup:
             return args.lr * (step + 1) / args.warmup
@@ -127,7 +135,7 @@ class Schedule:
         return args.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-# Loss, and the validation of every exit.
+# The loss, and the measurement of every exit.
 
 
 class LayerSkipLoss(nn.Module):
@@ -140,11 +148,11 @@ class LayerSkipLoss(nn.Module):
     def forward(
         self, tokens: Tensor, targets: Tensor, keep: Tensor, weights: Tensor, called: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The weighted loss J, and the cross entropy (L,) of each exit with a weight, NaN for the others.
+        """The weighted loss J (), and the cross entropy (L,) of each exit; NaN for exits of weight 0. Both float32.
 
-        tokens, targets: (b, T) ids. keep: (L, b) bool on the CPU, which sequences pass each layer. weights: (L,) of the
-        exits. called: (L,) bool, which layers are called, even if no sequence passes them: under FSDP, a layer that one
-        process calls must be called by all.
+        tokens, targets: (b, T) int64 ids. keep: (L, b) bool on the CPU, which sequences pass each layer. weights: (L,)
+        float32 of the exits. called: (L,) bool, which layers are called even if no sequence of this process passes
+        them: under FSDP, all processes must call a layer if one does.
         """
         model, losses = self.model, []
         x = model.embed(tokens)  # (b, T, D)
@@ -165,7 +173,10 @@ class LayerSkipLoss(nn.Module):
         return total, torch.stack(losses)
 
     def exits(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Every exit's cross entropy (L,), summed over the targets (b, T), and most likely tokens (L, b, T)."""
+        """Of every exit: the cross entropy (L,) float32, summed over the targets (b, T), and the most likely tokens.
+
+        tokens, targets: (b, T) int64. The most likely tokens are (L, b, T) int64.
+        """
         x, losses, choices = tokens, [], []
         for i in range(self.model.config.n_layer):
             x = self.model(x, None, i, i + 1)
@@ -176,9 +187,11 @@ class LayerSkipLoss(nn.Module):
 
 
 class Evaluation(NamedTuple):
+    """How good every exit is."""
+
     losses: Tensor  # (L,) float64, nats per token
-    agreement: Tensor  # (L,) float64, share of positions where the exit's greedy token is the reference's
-    tokens: int  # counted
+    agreement: Tensor  # (L,) float64, share of positions where the exit's most likely token is the reference's
+    tokens: int  # how many were scored
 
 
 @torch.no_grad()
@@ -192,9 +205,10 @@ def evaluate(
     device: torch.device,
     reference: Transformer | None = None,
 ) -> Evaluation:
-    """Loss and agreement of every exit, on windows spread evenly over ids (N,). A progress bar shows where it is.
+    """Loss and agreement of every exit, on windows of `context` tokens, spread evenly over ids (N,).
 
-    reference: the model whose last layer the exits are compared with; None is the model itself.
+    At most max_tokens are scored (but one window at least), batch_size windows at a time, on `device`. autocast: the
+    precision of the products. reference: the exits are compared with its last layer; None means the model's own.
     """
     count = min((len(ids) - 1) // context, max(1, max_tokens // context))
     starts = torch.linspace(0, len(ids) - 1 - context, count).long()
@@ -215,13 +229,14 @@ def evaluate(
     return Evaluation(losses / total, agreement / total, total)
 
 
-# Data: every document with BOS before and EOS behind it, all in one long row of ids, which is cut into windows.
+# Data. Every document gets BOS before and EOS behind it. All are joined to one long row of ids, and the row is cut into
+# windows, the training examples.
 
 Document = tuple[str, str]  # relative name, text
 
 
 def text_files(root: Path, include: str) -> list[tuple[str, Path]]:
-    """(relative name, path) of a file, or of the files below a folder whose names match `include`, sorted."""
+    """[(relative name, path)]: of root if it is a file, else of the files below it that match `include`, sorted."""
     if root.is_file():
         return [(root.name, root)]
     paths = sorted(path for path in root.rglob(include) if path.is_file())
@@ -229,9 +244,11 @@ def text_files(root: Path, include: str) -> list[tuple[str, Path]]:
 
 
 def read_documents(paths: list[str | Path], include: str, exclude: list[str]) -> list[Document]:
-    """The texts of the given files and of the files below the given folders, sorted within each folder.
+    """The texts of the given files, and of the files below the given folders, sorted within each folder.
 
-    Files that are empty or not UTF-8 are left out. Raises InputError if a path is missing or nothing is left.
+    include: only files of folders whose names match this pattern. exclude: without the files whose relative names match
+    one of these. Files that are empty or not UTF-8 are left out too. Raises InputError if a path is missing or no text
+    is left.
     """
     documents = []
     for root in map(Path, paths):
@@ -252,17 +269,22 @@ def read_documents(paths: list[str | Path], include: str, exclude: list[str]) ->
 
 
 def is_held_out(name: str, fraction: float) -> bool:
-    """Whether a document is kept for validation. Only its name decides, so that it never changes sides."""
+    """Whether a document is kept for validation. Only its name decides, so that more data never moves it."""
     return zlib.crc32(name.encode()) % 10_000 < fraction * 10_000
 
 
 def split_documents(documents: list[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
-    """The documents for training and those for validation. Too few to split by name, their text is cut in two."""
+    """The documents for training and those for validation.
+
+    If the names put all of them on one side, the joined text is cut in two instead.
+    """
     training: list[Document] = []
     validation: list[Document] = []
     for document in documents:
-        side = validation if is_held_out(document[0], val_fraction) else training
-        side.append(document)
+        if is_held_out(document[0], val_fraction):
+            validation.append(document)
+        else:
+            training.append(document)
     if training and validation:
         return training, validation
     text = "".join(text for _, text in documents)
@@ -271,12 +293,16 @@ def split_documents(documents: list[Document], val_fraction: float) -> tuple[lis
 
 
 def nonempty_lines(texts: Iterable[str]) -> Iterator[str]:
+    """Every line of the texts that is not empty."""
     for text in texts:
         yield from filter(None, text.split("\n"))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
-    """Train a sentencepiece BPE tokenizer that reproduces any text byte for byte; writes folder/tokenizer.model."""
+    """Train a sentencepiece BPE tokenizer, which keeps every byte of a text, and write folder/tokenizer.model.
+
+    Raises InputError if sentencepiece can't make `vocab_size` tokens of the texts.
+    """
     import sentencepiece
 
     try:
@@ -303,7 +329,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
 
 
 def prepare_tokenizer(args: argparse.Namespace, documents: list[Document], shard: Shard) -> Tokenizer:
-    """The tokenizer in --out. The first process puts it there: --tokenizer's, the checkpoint's, or one trained here."""
+    """The tokenizer in --out. The first process writes it: --tokenizer, else the checkpoint's, else a new one."""
     source = args.tokenizer
     if source is None and args.checkpoint_path:
         source = args.checkpoint_path.parent
@@ -319,7 +345,7 @@ def prepare_tokenizer(args: argparse.Namespace, documents: list[Document], shard
 
 
 def encode_documents(documents: list[Document], tokenizer: Tokenizer) -> Tensor:
-    """All documents as one row of ids (N,) int32. BOS is where the tokenizer adds it; EOS follows each document."""
+    """All documents as one row of ids (N,) int32. The tokenizer adds BOS if it does so; EOS follows each document."""
     ids: list[int] = []
     for _, text in tqdm(documents, desc="tokenizing", unit="file", disable=None):
         ids += tokenizer.encode(text)
@@ -329,10 +355,10 @@ def encode_documents(documents: list[Document], tokenizer: Tokenizer) -> Tensor:
 
 
 def window(ids: Tensor, index: int, context: int, seed: int) -> Tensor:
-    """Training example number `index` of an endless sequence: (context + 1,) int64.
+    """Training example number `index` of an endless sequence: (context + 1,) int64, cut from ids (N,).
 
-    Each epoch cuts the row ids (N,) anew, at a random offset, and takes the windows in a random order. Both depend on
-    (seed, epoch) alone, so an example depends on its number alone, and a resumed run goes on exactly.
+    Each epoch cuts the row at another random offset, and takes the windows in another random order. Both depend on seed
+    and epoch alone. So an example depends on its number alone, and a resumed run goes on exactly.
     """
     per_epoch = (len(ids) - 1) // context - 1
     epoch, place = divmod(index, per_epoch)
@@ -344,7 +370,7 @@ def window(ids: Tensor, index: int, context: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Data:
-    """The text in ids, and this process's examples of each step."""
+    """The text as ids, and this process's examples of each step."""
 
     train_ids: Tensor  # (N,) int32
     val_ids: Tensor  # (M,) int32
@@ -355,7 +381,7 @@ class Data:
     device: torch.device
 
     def batch(self, step: int) -> Tensor:
-        """(b, T + 1) int64 on the device: inputs and, one further, targets."""
+        """(b, T + 1) int64 on the device: the first T of a row are inputs, the last T are their targets."""
         first = step * self.batch_size
         indices = range(first, first + self.batch_size)[self.rows]
         windows = [window(self.train_ids, index, self.context, self.seed) for index in indices]
@@ -378,7 +404,7 @@ def load_data(
     shard: Shard,
     device: torch.device,
 ) -> Data:
-    """The documents in ids. Raises InputError if they are too short to train and validate on."""
+    """The documents as ids. Raises InputError if they are too short to train and validate on."""
     ids = encode_documents(training, tokenizer)
     val_ids = encode_documents(validation, tokenizer)
     if len(ids) < 3 * args.context or len(val_ids) <= args.context:
@@ -389,19 +415,25 @@ def load_data(
     return Data(ids, val_ids, args.context, args.batch_size, rows, args.seed, device)
 
 
-# Model: a new one, or one made of a checkpoint's layers.
+# The model: a new one, or one made from a checkpoint's layers.
 
 
 def initialize(model: Transformer) -> None:
-    """Random weights as GPT-2's: what writes into the residual stream starts smaller."""
+    """Random weights, as GPT-2 has them. The matrices whose results are added to the hidden state start smaller."""
     for name, weight in model.named_parameters():
-        if weight.dim() == 2:
-            shrink = math.sqrt(2 * model.config.n_layer) if name.endswith(("wo.weight", "w2.weight")) else 1
-            nn.init.normal_(weight, std=0.02 / shrink)
+        if weight.dim() != 2:
+            continue
+        std = 0.02
+        if name.endswith(("wo.weight", "w2.weight")):
+            std /= math.sqrt(2 * model.config.n_layer)
+        nn.init.normal_(weight, std=std)
 
 
 def new_model(args: argparse.Namespace, tokenizer: Tokenizer) -> Transformer:
-    """A model of the given size, with random weights."""
+    """A model of the size that the options give, with random weights."""
+    eos_ids: tuple[int, ...] = ()
+    if tokenizer.eos_id is not None:
+        eos_ids = (tokenizer.eos_id,)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
         dim=args.dim,
@@ -413,7 +445,7 @@ def new_model(args: argparse.Namespace, tokenizer: Tokenizer) -> Transformer:
         context=args.context,
         tied=not args.untied,
         bos_id=tokenizer.bos_id,
-        eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+        eos_ids=eos_ids,
     )
     model = Transformer(config)
     initialize(model)
@@ -421,7 +453,10 @@ def new_model(args: argparse.Namespace, tokenizer: Tokenizer) -> Transformer:
 
 
 def load_base(path: Path, layers: list[int] | None) -> Transformer:
-    """The checkpoint to train on; where `layers` is given, a model made of its layers."""
+    """The checkpoint to train further. layers: a model made of these layers of it, as `restack` makes it.
+
+    Raises InputError if the checkpoint is quantized, or doesn't have one of the layers.
+    """
     model = load_model(path).requires_grad_(True).train()
     if model.config.quantization:
         kind = model.config.quantization
@@ -432,9 +467,9 @@ def load_base(path: Path, layers: list[int] | None) -> Transformer:
 
 
 def restack(model: Transformer, order: list[int]) -> Transformer:
-    """A new model made of a trained one's layers, in the given order. They count from 1.
+    """A new model made of a trained model's layers, in the given order. Layers count from 1.
 
-    0 stands for a new layer, which begins as the identity (block expansion, Wu et al., arXiv 2401.02415). Raises
+    0 stands for a new layer, which at first changes nothing (block expansion, Wu et al., arXiv 2401.02415). Raises
     InputError for a layer that isn't there.
     """
     for number in order:
@@ -462,15 +497,15 @@ def shard_weights(objective: LayerSkipLoss, device: torch.device, world_size: in
     register_fsdp_forward_method(objective, "exits")
 
 
-# Optimizer.
+# The optimizer.
 
 
 class Muon(Optimizer):
-    """Nesterov momentum whose update of each matrix is made orthogonal by five Newton-Schulz steps.
+    """Nesterov momentum; five Newton-Schulz steps then make the update of each matrix orthogonal.
 
-    The method is Jordan et al.'s (2024, https://kellerjordan.github.io/posts/muon). The update is scaled to AdamW's
-    usual size (Liu et al., arXiv 2502.16982). All is float32: torch.optim.Muon multiplies in bfloat16, which took a
-    minute per step on a processor that lacks it.
+    The method is by Jordan et al. (2024, https://kellerjordan.github.io/posts/muon). The update is scaled to the size
+    that AdamW's usually has (Liu et al., arXiv 2502.16982). All is float32: torch.optim.Muon multiplies in bfloat16,
+    and one step of it took a minute on a processor without bfloat16.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
@@ -493,18 +528,21 @@ class Muon(Optimizer):
 
 def orthogonalize(m: Tensor) -> Tensor:
     """Roughly the orthogonal matrix nearest to m (A, B): its singular values are between 0.7 and 1.2 instead of 1."""
-    is_tall = m.shape[0] > m.shape[1]
-    x = m.T if is_tall else m
-    x = x / x.norm().clamp(min=1e-7)
+    if m.shape[0] > m.shape[1]:
+        return orthogonalize(m.T).T  # a wide matrix has the smaller gram matrix
+    x = m / m.norm().clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.T
         polynomial = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         x = torch.addmm(x, polynomial, x, beta=3.4445)
-    return x.T if is_tall else x
+    return x
 
 
 def make_optimizers(model: Transformer, kind: str, lr: float, weight_decay: float) -> list[Optimizer]:
-    """AdamW over everything; or Muon over the layers' matrices, and AdamW over the rest (embedding, head, norms)."""
+    """kind "adamw": AdamW for all weights. kind "muon": Muon for the layers' matrices, AdamW for the rest.
+
+    lr: the learning rate until `optimizer_step` sets another. weight_decay: of the matrices; vectors have none.
+    """
     in_layers = set(map(id, model.layers.parameters()))
     muon, matrices, vectors = [], [], []
     for w in model.parameters():
@@ -522,7 +560,7 @@ def make_optimizers(model: Transformer, kind: str, lr: float, weight_decay: floa
 
 
 def optimizer_step(optimizers: list[Optimizer], learning_rate: float) -> None:
-    """Take a step with the gradients, and clear them."""
+    """Take a step with the gradients, then clear them."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
@@ -530,12 +568,12 @@ def optimizer_step(optimizers: list[Optimizer], learning_rate: float) -> None:
         optimizer.zero_grad()
 
 
-# Checkpoint: the state of an unfinished run, and the finished model.
+# Files: the state of an unfinished run, and the finished model.
 
 STATE_FILE = "train_state.pth"
 
-# What may differ between an interrupted run and the one that resumes it. With the same settings the run goes on
-# exactly. The number of steps and the exits' weights may be changed on purpose.
+# Options that may differ between an interrupted run and the one that resumes it. With the same options the run goes on
+# exactly as before. The number of steps and the exits' weights are here so that they can be changed on purpose.
 FREE_TO_CHANGE = {
     "resume",
     "save_every",
@@ -555,7 +593,7 @@ FREE_TO_CHANGE = {
 def full_state(model: Transformer, optimizers: list[Optimizer], fsdp: bool) -> dict[str, Any]:
     """{"model", "optimizers"}: the state dicts as a single process has them.
 
-    Under FSDP all processes must call it, and the first one gets the state, on the CPU.
+    Under FSDP all processes must call it. Only the first one then gets the state, on the CPU.
     """
     if not fsdp:
         return {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
@@ -580,17 +618,17 @@ def load_full_state(state: dict[str, Any], model: Transformer, optimizers: list[
 
 @dataclass(frozen=True)
 class TrainState:
-    """The state of a run that is not finished, in one file. With it the run goes on exactly where it stopped."""
+    """One file with the state of an unfinished run. From it the run goes on exactly where it stopped."""
 
     path: Path
-    settings: dict[str, str]  # which the run that resumes must share
+    settings: dict[str, str]  # what `fixed_settings` returns
     model: Transformer
     optimizers: list[Optimizer]
     rank: int
     fsdp: bool
 
     def save(self, step: int) -> None:
-        """Write the state after `step` steps, whole or not at all. All processes must call it; the first one writes."""
+        """Write the state after `step` steps, whole or not at all. All processes must call it; the first writes."""
         state = {}
         if self.rank == 0 or self.fsdp:
             state = full_state(self.model, self.optimizers, self.fsdp)
@@ -600,7 +638,7 @@ class TrainState:
             partial.replace(self.path)
 
     def load(self, device: torch.device) -> int:
-        """Load the state, and return the number of steps it has behind it. Raises InputError if it isn't this run's."""
+        """Load the state. Returns the number of steps that are done. Raises InputError if it isn't this run's state."""
         state: dict[str, Any] = read_state(self.path, device)
         if not {"settings", "model", "optimizers", "step"} <= state.keys():
             raise InputError(f"--resume: {self.path} is not the state of a training run")
@@ -612,24 +650,35 @@ class TrainState:
         return state["step"]
 
 
+def check_folder(out: Path, resume: bool) -> None:
+    """Raise InputError unless the run can begin in the folder, or resume there."""
+    state = out / STATE_FILE
+    if resume and not state.is_file():
+        raise InputError(f"--resume: {state} not found; start the run without --resume")
+    if not resume and state.is_file():
+        raise InputError(f"{out}: holds an unfinished run; pass --resume to go on with it, or delete {state}")
+    if not resume and (out / "model.pth").is_file():
+        raise InputError(f"--out {out}: holds a finished checkpoint; name another folder")
+
+
 def fixed_settings(args: argparse.Namespace, training_tokens: int) -> dict[str, str]:
-    """What a run that resumes must share with the interrupted one."""
+    """{name: value} of what must be the same in an interrupted run and the one that resumes it."""
     settings = {name: str(value) for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
     settings["training tokens"] = str(training_tokens)
     return settings
 
 
 def save_model(path: Path, state: dict[str, Tensor], config: ModelConfig, precision: str, tokens_seen: int) -> None:
-    """Write the finished model.pth, and the model.json beside it."""
+    """Write the finished model.pth, and model.json beside it. precision: the dtype in the file."""
     note = f"trained by scripts/train.py on {tokens_seen} tokens"
     config.source = f"{config.source}, {note}" if config.source else note
-    if config.tied:  # the file has no head then
+    if config.tied:  # the head is the embedding, and the file has it once
         state = {name: tensor for name, tensor in state.items() if name != "head.weight"}
     dtype = getattr(torch, precision)
     save_checkpoint(path, {name: tensor.to("cpu", dtype) for name, tensor in state.items()}, config)
 
 
-# Report.
+# What the user sees, and the log.
 
 
 class Report:
@@ -652,11 +701,11 @@ class Report:
         self.began = time.perf_counter()
 
     def seconds(self) -> float:
-        """Since the first step began."""
+        """Seconds since the first step began."""
         return time.perf_counter() - self.began
 
     def step(self, losses: Tensor) -> None:
-        """One step more is done. losses: (L,), NaN for the exits that it didn't compute."""
+        """Show that one more step is done. losses: (L,), NaN for the exits that were not computed."""
         exit_loss = losses[self.exit_layer - 1]
         if not exit_loss.isnan():
             self.exit_loss = exit_loss.item()
@@ -671,7 +720,7 @@ class Report:
             file.write(json.dumps(record) + "\n")
 
     def validation(self, step: int, result: Evaluation) -> None:
-        """A validation during the run, for the log and for people."""
+        """Log a validation during the run, and print a line about it."""
         if self.rank != 0:
             return
         self.write(step, result, seconds=self.seconds())
@@ -680,7 +729,7 @@ class Report:
         self.bar.write(f"step {step}: validation loss {result.losses[-1]:.3f}, {at_exit}", file=sys.stderr)
 
     def end(self, step: int, result: Evaluation, seconds: float, training_tokens: int) -> None:
-        """The log's last line: the validation of the finished model, and how fast the steps of this call were."""
+        """Log the validation of the finished model, and how fast the steps of this call were."""
         tokens = (step - self.first_step) * self.tokens_per_step
         self.write(
             step,
@@ -694,171 +743,11 @@ class Report:
 
 
 def print_table(path: Path, result: Evaluation) -> None:
-    """Every exit's loss and agreement, for people."""
+    """Print every exit's loss and agreement."""
     print(f"{path}: validation on {result.tokens} tokens of held-out text")
     print("exit   loss  agreement with the last layer")
     for number, (loss, share) in enumerate(zip(result.losses, result.agreement, strict=True), 1):
         print(f"{number:4d}  {loss:.3f}  {share:.1%}")
-
-
-# Options.
-
-
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("data").add_argument
-    add("--data", nargs="+", required=True, help="text files, and folders with text files")
-    add("--include", default="*", help="take files of folders whose names match this pattern (default: %(default)s)")
-    add("--exclude", nargs="*", default=[], help="leave out files whose path in the folder matches a pattern")
-    add("--val_fraction", type=float, default=0.03, help="share of the files for validation (default: %(default)s)")
-    add("--tokenizer", type=Path, help="folder with a tokenizer (default: the checkpoint's, or a newly trained one)")
-    add("--vocab_size", type=int, default=4096, help="tokens of a newly trained tokenizer (default: %(default)s)")
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("model").add_argument
-    add("--checkpoint_path", type=Path, help="model.pth to continue from (default: train from scratch)")
-    add(
-        "--layers",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="take these layers of the checkpoint, counted from 1, in this order; "
-        "0 adds a new layer, at first without effect",
-    )
-    add("--n_layer", type=int, default=12, help="layers of a new model (default: %(default)s)")
-    add("--dim", type=int, default=320, help="width of a new model (default: %(default)s)")
-    add("--n_head", type=int, default=5, help="query heads of a new model (default: %(default)s)")
-    add("--n_kv_head", type=int, help="key/value heads of a new model (default: as many as --n_head)")
-    add("--intermediate_size", type=int, default=832, help="a new model's feed-forward width (default: %(default)s)")
-    add("--context", type=int, default=512, help="tokens per example, and a new model's context (default: %(default)s)")
-    add("--untied", action="store_true", help="give a new model's output head its own weights, not the embedding's")
-
-
-def add_recipe_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("recipe").add_argument
-    add("--max_dropout", type=float, default=0.1, help="p_max: how often to skip the last layer (default: %(default)s)")
-    add("--exit_scale", type=float, default=1.0, help="e_scale: weight of the early exits (default: %(default)s)")
-    add(
-        "--exit_power",
-        type=float,
-        help="weigh the early exits --exit_scale * (layer number)^this, and the last 1 (default: the paper's weights)",
-    )
-    add(
-        "--curriculum",
-        choices=["rotational", "gradual"],
-        default="rotational",
-        help="which exits are in the loss at a step (default: %(default)s)",
-    )
-    add("--rotation", type=int, default=4, help="R: rotational takes every R-th exit at a step (default: %(default)s)")
-
-
-def add_optimization_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("optimization").add_argument
-    add("--steps", type=int, default=4000, help="steps of the whole run (default: %(default)s)")
-    add("--batch_size", type=int, default=8, help="examples per step, over all processes (default: %(default)s)")
-    add(
-        "--optimizer",
-        choices=["adamw", "muon"],
-        default="adamw",
-        help="muon trains the layers' matrices, and leaves the rest to adamw (default: %(default)s)",
-    )
-    add("--lr", type=float, default=2e-3, help="peak learning rate; it ends at a tenth (default: %(default)s)")
-    add("--warmup", type=int, default=100, help="steps until the learning rate's peak (default: %(default)s)")
-    add("--weight_decay", type=float, default=0.1, help="decay of the matrices (default: %(default)s)")
-    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
-    add("--seed", type=int, default=0, help="same seed, same run (default: %(default)s)")
-
-
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("run").add_argument
-    dtypes = ["bfloat16", "float32"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--out", type=Path, required=True, help="checkpoint folder to write")
-    add("--resume", action="store_true", help="continue the interrupted run in --out, with the same settings")
-    add("--save_every", type=int, default=500, help="steps between saved states; 0: none (default: %(default)s)")
-    add("--eval_every", type=int, default=500, help="steps between validations; 0: none (default: %(default)s)")
-    add("--eval_tokens", type=int, default=20_000, help="tokens to use in those validations (default: %(default)s)")
-    add("--exit_layer", type=int, help="exit whose loss is shown on the way (default: a quarter of the way up)")
-    add("--device", default=device, help="such as cpu or cuda (default here: %(default)s)")
-    add("--precision", choices=dtypes, help="of the products, not the weights (default: bfloat16 where it is fast)")
-    add("--save_precision", choices=dtypes, default="bfloat16", help="of model.pth (default: %(default)s)")
-    add("--compile", action="store_true", help="compile the layers")
-    add("--fsdp", action="store_true", help="under torchrun: split the training state over the processes (FSDP2)")
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options as given; `train` checks them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_data_options(parser)
-    add_model_options(parser)
-    add_recipe_options(parser)
-    add_optimization_options(parser)
-    add_run_options(parser)
-    return parser.parse_args(argv)
-
-
-RANGES = {  # option: (smallest, largest value)
-    "steps": (1, math.inf),
-    "batch_size": (1, math.inf),
-    "context": (1, math.inf),
-    "n_layer": (1, math.inf),
-    "n_head": (1, math.inf),
-    "intermediate_size": (1, math.inf),
-    "rotation": (1, math.inf),
-    "vocab_size": (1, math.inf),
-    "warmup": (0, math.inf),
-    "save_every": (0, math.inf),
-    "eval_every": (0, math.inf),
-    "weight_decay": (0, math.inf),
-    "exit_scale": (0, math.inf),
-    "seed": (0, 2**40),
-    "max_dropout": (0, 1),
-    "val_fraction": (1e-4, 0.9),
-    "lr": (1e-12, math.inf),
-    "grad_clip": (1e-12, math.inf),
-    "eval_tokens": (1, math.inf),
-}
-
-
-def check_args(args: argparse.Namespace, world_size: int) -> None:
-    """Raise InputError for the first setting that can't be trained with."""
-    for name, (low, high) in RANGES.items():
-        value = getattr(args, name)
-        if not low <= value <= high:  # also where it is NaN
-            raise InputError(f"--{name} {value}: must be {low} to {high}")
-    if args.dim < 1 or args.dim % (2 * args.n_head):
-        raise InputError(f"--dim {args.dim}: must be an even multiple of --n_head {args.n_head}")
-    if args.n_kv_head is not None and (args.n_kv_head < 1 or args.n_head % args.n_kv_head):
-        raise InputError(f"--n_kv_head {args.n_kv_head}: must divide --n_head {args.n_head}")
-    if args.fsdp and world_size == 1:
-        raise InputError("--fsdp: needs several processes, which torchrun starts")
-    if args.fsdp and args.optimizer == "muon":
-        raise InputError("--fsdp: needs --optimizer adamw, as Muon needs whole matrices")
-    if args.layers and not args.checkpoint_path:
-        raise InputError("--layers: needs --checkpoint_path, the model that they come from; a new one has --n_layer")
-    if args.tokenizer:
-        Tokenizer.load(args.tokenizer)
-    check_device(args.device)
-    if args.batch_size % world_size:
-        raise InputError(f"--batch_size {args.batch_size} doesn't divide over {world_size} processes")
-
-
-def check_folder(out: Path, resume: bool) -> None:
-    """Raise InputError unless the run can begin in the folder, or resume there."""
-    state = out / STATE_FILE
-    if resume and not state.is_file():
-        raise InputError(f"--resume: {state} not found; start the run without --resume")
-    if not resume and state.is_file():
-        raise InputError(f"{out}: holds an unfinished run; pass --resume to go on with it, or delete {state}")
-    if not resume and (out / "model.pth").is_file():
-        raise InputError(f"--out {out}: holds a finished checkpoint; name another folder")
-
-
-def default_precision(device: str) -> str:
-    """bfloat16 where the processor multiplies it."""
-    if torch.device(device).type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "bfloat16"
-    return "float32"
 
 
 # The run.
@@ -866,7 +755,7 @@ def default_precision(device: str) -> str:
 
 @contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of ending at once: the step is always finished, and its state saved."""
+    """Collect SIGINT and SIGTERM in the list that it gives, so that the step is finished and its state saved first."""
     caught: list[int] = []
 
     def catch(number: int, frame: FrameType | None) -> None:
@@ -883,7 +772,7 @@ def caught_signals() -> Iterator[list[int]]:
 
 
 def in_any_process(flag: bool, device: torch.device, world_size: int) -> bool:
-    """Whether `flag` is set in any process. All must call it, and get the same answer: they stop at the same step."""
+    """Whether `flag` is set in any process. All must call this; all get the same answer and stop at the same step."""
     total = torch.tensor(int(flag), device=device)
     if world_size > 1:
         dist.all_reduce(total)
@@ -891,12 +780,12 @@ def in_any_process(flag: bool, device: torch.device, world_size: int) -> bool:
 
 
 def is_due(step: int, every: int) -> bool:
-    """Whether `step` is one of every `every`; none is, where that is 0."""
+    """Whether something that is done every `every` steps is due at this step. 0 means never."""
     return every > 0 and step % every == 0
 
 
 def own_device(name: str, shard: Shard) -> torch.device:
-    """Where this process computes. A GPU becomes the current one."""
+    """The device on which this process computes. If it is a GPU, it becomes the current one."""
     device = torch.device(shard.device(name))
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
@@ -916,7 +805,9 @@ def load_data_and_model(args: argparse.Namespace, shard: Shard, device: torch.de
     documents = read_documents(args.data, args.include, args.exclude)
     training, validation = split_documents(documents, args.val_fraction)
     torch.manual_seed(args.seed)
-    base = load_base(args.checkpoint_path, args.layers) if args.checkpoint_path else None
+    base = None
+    if args.checkpoint_path:
+        base = load_base(args.checkpoint_path, args.layers)
     tokenizer = prepare_tokenizer(args, training, shard)
     model = base or new_model(args, tokenizer)
     objective = LayerSkipLoss(model)
@@ -928,7 +819,7 @@ def load_data_and_model(args: argparse.Namespace, shard: Shard, device: torch.de
 
 
 def parallelize(objective: LayerSkipLoss, args: argparse.Namespace, world_size: int) -> nn.Module:
-    """What a step calls: the objective, compiled if asked for, and wrapped so that processes share their gradients."""
+    """The module that a step calls: the objective, compiled under --compile, and under DDP in its wrapper."""
     if args.compile:
         for layer in objective.model.layers:
             layer.compile()
@@ -940,11 +831,13 @@ def parallelize(objective: LayerSkipLoss, args: argparse.Namespace, world_size: 
 def compute_gradients(
     parallel: nn.Module, data: Data, schedule: Schedule, step: int, autocast: AbstractContextManager
 ) -> tuple[Tensor, Tensor]:
-    """Forward and backward on this process's part of the batch; returns the loss J and the exits' losses (L,)."""
+    """Forward and backward on this process's part of the batch. Returns the loss J () and the exits' losses (L,)."""
     batch = data.batch(step)  # (b, T + 1)
     keep = schedule.keep(step)  # (L, B)
     own = keep[:, data.rows]  # (L, b)
-    called = (keep if schedule.args.fsdp else own).any(1)  # (L,)
+    called = own.any(1)  # (L,)
+    if schedule.args.fsdp:
+        called = keep.any(1)
     weights = schedule.weights(step)  # (L,)
     with autocast:
         loss, losses = parallel(batch[:, :-1], batch[:, 1:], own, weights, called)
@@ -953,7 +846,11 @@ def compute_gradients(
 
 
 def train(args: argparse.Namespace) -> list[float]:
-    """Run the training that `parse_args` describes; returns the loss J of each step that this call ran."""
+    """Run the training that the options describe. Returns the loss J of each step that this call ran.
+
+    Raises InputError for options that don't work, and if the loss is not finite. Ends the process with exit code 1
+    after SIGINT or SIGTERM.
+    """
     shard = start()
     check_args(args, shard.size)
     args.precision = args.precision or default_precision(args.device)
@@ -987,7 +884,7 @@ def train(args: argparse.Namespace) -> list[float]:
             report.step(losses)
             if is_due(step, args.save_every):
                 train_state.save(step)
-    train_state.save(step)  # also at the end: whatever happens during the last validation, nothing is lost
+    train_state.save(step)  # also at the end, so that nothing is lost if the last validation fails
     if step < args.steps:
         sys.exit(f"stopped after step {step}; --resume goes on from there")
 
@@ -1002,6 +899,13 @@ def train(args: argparse.Namespace) -> list[float]:
         train_state.path.unlink(missing_ok=True)
         print_table(args.out / "model.pth", result)
     return history
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options as given; `train` checks them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_options(parser)
+    return parser.parse_args(argv)
 
 
 def main() -> None:
