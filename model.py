@@ -205,7 +205,13 @@ class Linear(nn.Module):
             weight = formats.dequantize(weight, self.scale, self.zero, torch.float32)
         groupsize = 32 if weight.shape[1] % 64 else 64
         twin.weight, twin.scale, twin.zero = formats.round_weight(weight, quantization, groupsize)
+        twin.arrange()
         return twin
+
+    def arrange(self) -> None:
+        """Lay quantized weights out as the CPU's kernels read them, if these are there; once."""
+        if self.scale is not None and self.weight.dim() == 2 and self.weight.device.type == "cpu" and cpu.prepare():
+            self.weight, self.scale, self.zero = formats.panels(self.weight, self.scale, self.zero)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.combine(kernels.linear(x, self.weight, self.scale, self.zero))
@@ -357,6 +363,9 @@ class Transformer(nn.Module):
         cache = attention.k_cache
         if weight.device.type == "cpu":
             cpu.prepare()
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.arrange()
         if cache is not None and cache.shape[0] == batch and cache.shape[2] >= rows:
             return
         shape = (batch, attention.kv_heads, rows, attention.head_dim)

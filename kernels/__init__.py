@@ -30,10 +30,11 @@ def linear(x: Tensor, w: Tensor, scale: Tensor | None = None, zero: Tensor | Non
     """x (..., T, K) times w (N, K) transposed: (..., T, N).
 
     w has x's dtype; or is int8, with a float32 scale (N,) for each row; or is int4 as formats.py packs it, (N, K / 2)
-    uint8, with bfloat16 scale and zero (N, G) for each group of a row.
+    uint8, with bfloat16 scale and zero (N, G) for each group of a row. The CPU's kernels take int8 and int4 in panels
+    (formats.py).
     """
     kind = backend(x, x.numel() // x.shape[-1])
-    if kind == "cpu":
+    if kind == "cpu" and (scale is None or w.dim() == 3):
         return torch.ops.layerskip.linear(x, w, scale, zero)
     if kind == "cuda":
         return cuda.linear(x, w, scale, zero)

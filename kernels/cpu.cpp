@@ -108,8 +108,12 @@ static void team(F work) {
 #endif
 }
 
-// A weight (N, K): float32 or bfloat16; int8 with a float32 scale for each row; or int4, packed as formats.py says,
-// with a bfloat16 scale and zero for each group of G columns of a row.
+constexpr int MOST = W == 16 ? 8 : 6;  // rows of x that the registers have room for, beside two vectors of weights
+constexpr int PANEL = 16;              // outputs of a quantized weight that lie side by side
+
+// A weight (N, K): float32 or bfloat16, row after row; or int8 or int4 in panels of 16 outputs, see formats.py. int8 has
+// a float32 scale for each output. int4 has a bfloat16 scale and zero for each group of G columns of an output; those of
+// all outputs follow each other, group after group.
 struct Matrix {
   const void *data, *scale = nullptr, *zero = nullptr;
   at::ScalarType type;
@@ -118,20 +122,20 @@ struct Matrix {
   Matrix(const at::Tensor& w, const std::optional<at::Tensor>& s, const std::optional<at::Tensor>& z)
       : data(w.const_data_ptr()), type(w.scalar_type()), N(w.size(0)), K(w.size(1)) {
     at::ScalarType wanted = type == at::kBFloat16 ? type : at::kFloat;
-    if (z) wanted = at::kByte;
+    if (z) wanted = at::kInt;
     else if (s) wanted = at::kChar;
-    TORCH_CHECK(w.dim() == 2 && w.is_contiguous() && type == wanted);
-    if (s) {
-      TORCH_CHECK(s->is_contiguous() && s->size(0) == N && s->scalar_type() == (z ? at::kBFloat16 : at::kFloat));
-      scale = s->const_data_ptr();
-    }
-    if (z) {
-      K *= 2;
-      G = K / z->size(1);
-      TORCH_CHECK(z->is_contiguous() && z->sizes() == s->sizes() && z->scalar_type() == at::kBFloat16 && G % 32 == 0 &&
-                  G * z->size(1) == K);
-      zero = z->const_data_ptr();
-    }
+    TORCH_CHECK(w.dim() == (s ? 3 : 2) && w.is_contiguous() && type == wanted);
+    if (!s) return;
+    N = s->size(0);
+    scale = s->const_data_ptr();
+    TORCH_CHECK(w.size(0) == (N + PANEL - 1) / PANEL && w.size(2) == PANEL && s->stride(0) == 1 &&
+                s->scalar_type() == (z ? at::kBFloat16 : at::kFloat));
+    if (!z) return;
+    K *= 8;
+    G = K / z->size(1);
+    zero = z->const_data_ptr();
+    TORCH_CHECK(z->sizes() == s->sizes() && z->strides() == s->strides() && z->stride(1) == N &&
+                z->scalar_type() == at::kBFloat16 && G % 8 == 0 && G * z->size(1) == K);
   }
 };
 
@@ -144,77 +148,188 @@ static inline void prefetch(const void* p) {
   else __builtin_prefetch((const char*)p + 8192, 0, 2);
 }
 
-// Columns [begin, end) of y[m, n] = scale[n] * sum over k of x[m, k] w[n, k]. Each (m, n) has one accumulator and one
-// order of additions, whatever M is. The weight rows are taken one after the other: side by side they would hinder the
-// processor's prefetching.
-template <int M, typename T>
-static void rows(const float* x, const Matrix& w, float* y, int64_t begin, int64_t end) {
+// Columns [n, n + R) of y[m, n] = sum over k of x[m, k] w[n, k]. Each (m, n) has one accumulator and one order of
+// additions, whatever M and R are.
+template <int M, int R, typename T>
+[[gnu::noinline]] static void tile(const float* x, const Matrix& w, float* y, int64_t n) {
   const int64_t N = w.N, K = w.K;
-  for (int64_t n = begin; n < end; n++) {
-    const T* row = (const T*)w.data + n * K;
-    vec acc[M] = {};
-    int64_t k = 0;
-    for (; k + W <= K; k += W) {
-      prefetch<M>(row + k);
-      vec v = load(row + k);
-      for (int m = 0; m < M; m++) acc[m] += v * load(x + m * K + k);
+  const T* rows = (const T*)w.data + n * K;
+  vec acc[R][M] = {};
+  int64_t k = 0;
+  for (; k + W <= K; k += W) {
+    vec v[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      prefetch<M>(rows + r * K + k);
+      v[r] = load(rows + r * K + k);
     }
+#pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
-      float s = sum(acc[m]);
-      for (int64_t j = k; j < K; j++) s = std::fma((float)row[j], x[m * K + j], s);
-      y[m * N + n] = w.scale ? s * ((const float*)w.scale)[n] : s;
+      vec own = load(x + m * K + k);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) acc[r][m] += v[r] * own;
     }
+  }
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) {
+      float s = sum(acc[r][m]);
+      for (int64_t j = k; j < K; j++) s = std::fma((float)rows[r * K + j], x[m * K + j], s);
+      y[m * N + n + r] = s;
+    }
+}
+
+// With one row of x, weight rows are taken one after the other, as the processor prefetches them best. With several,
+// as many as there are registers for, so that there is less to load for each multiplication.
+template <int M, typename T>
+static void tiles(const float* x, const Matrix& w, float* y, int64_t begin, int64_t end) {
+  constexpr int R = M == 1 ? 1 : (M * 4 <= 2 * MOST ? 4 : 2);
+  int64_t n = begin;
+  for (; n + R <= end; n += R) tile<M, R, T>(x, w, y, n);
+  for (; n < end; n++) tile<M, 1, T>(x, w, y, n);
+}
+
+// Quantized weights of a panel from one column on. Its 16 outputs are V vectors.
+constexpr int V = PANEL / W;
+
+struct Int8Panel {
+  static constexpr int STEP = 1;  // columns at one address
+  static vec number(const int8_t* p, int) { return load(p); }
+};
+
+// A lane holds eight columns of one output, each a number of four bits with a sign, the first in the lowest ones.
+struct Int4Panel {
+  static constexpr int STEP = 8;
+  static vec number(const int32_t* p, int i) {
+    ivec lanes = *(const ivec*)p;
+#ifdef __AVX512F__
+    const __m512 numbers = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+    return (vec)_mm512_permutexvar_ps((__m512i)(lanes >> 4 * i), numbers);  // looks at four bits only
+#else
+    return __builtin_convertvector(lanes << (28 - 4 * i) >> 28, vec);
+#endif
+  }
+};
+
+// Adds to acc[p][v][m] the products of columns [begin, end) of P panels, `stride` apart, with M rows of x. Each output
+// of each row has one accumulator and one order of additions, whatever M and P are.
+template <int M, int P, typename Panel, typename T>
+[[gnu::always_inline]] static inline void add_panels(const float* x, int64_t K, const T* data, int64_t stride,
+                                                     int64_t begin, int64_t end, vec (*acc)[V][M]) {
+  for (int64_t k = begin; k < end; k += Panel::STEP) {
+    const T* first = data + k / Panel::STEP * PANEL;
+#pragma GCC unroll 16
+    for (int p = 0; p < P; p++) __builtin_prefetch((const char*)(first + p * stride) + (M == 1 ? 512 : 2048));
+#pragma GCC unroll 16
+    for (int i = 0; i < Panel::STEP; i++)
+#pragma GCC unroll 16
+      for (int p = 0; p < P; p++)
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++) {
+          vec w = Panel::number(first + p * stride + v * W, i);
+#pragma GCC unroll 16
+          for (int m = 0; m < M; m++) acc[p][v][m] += w * x[m * K + k + i];
+        }
   }
 }
 
-// The same for int4: each weight is widened to the float that it stands for, once for all rows.
-template <int M>
-static void rows_int4(const float* x, const Matrix& w, float* y, int64_t begin, int64_t end) {
-  const int64_t N = w.N, K = w.K, groups = K / w.G;
-  for (int64_t n = begin; n < end; n++) {
-    const uint8_t* row = (const uint8_t*)w.data + n * K / 2;
-    vec acc[M] = {};
+// Outputs [n, n + width) of y (M, N) get the first values of `out`.
+static inline void store(const vec* out, float* y, int64_t width) {
+  if (width >= PANEL) {
+    for (int v = 0; v < V; v++) *(vec*)(y + v * W) = out[v];
+  } else {
+    for (int64_t j = 0; j < width; j++) y[j] = out[j / W][j % W];
+  }
+}
+
+// The first values of p for a panel's outputs, of which only `width` may be there.
+template <typename T>
+static inline void load_panel(const T* p, int64_t width, vec* out) {
+  T padded[PANEL] = {};
+  if (width < PANEL) p = std::copy(p, p + width, padded) - width;
+  for (int v = 0; v < V; v++) out[v] = load(p + v * W);
+}
+
+// P panels from output n on.
+template <int M, int P>
+[[gnu::noinline]] static void panels(const float* x, const float* sums, const Matrix& w, float* y, int64_t n) {
+  const int64_t N = w.N, K = w.K;
+  vec scale[V], zero[V], out[P][V][M] = {};
+  if (w.type == at::kChar) {
+    add_panels<M, P, Int8Panel>(x, K, (const int8_t*)w.data + n * K, PANEL * K, 0, K, out);
+  } else {
+    const int64_t groups = K / w.G;
     for (int64_t g = 0; g < groups; g++) {
-      float scale = ((const c10::BFloat16*)w.scale)[n * groups + g];
-      float zero = ((const c10::BFloat16*)w.zero)[n * groups + g];
-      vec low = vec{} + (zero - 8 * scale);
-      for (int64_t k = g * w.G; k < (g + 1) * w.G; k += 32) {
-        prefetch<M>(row + k / 2);
-        for (int part = 0; part < 16; part += W) {
-          ivec pair = widen(*(const ubyte_vec*)(row + k / 2 + part));
-          vec a = __builtin_convertvector(pair & 15, vec) * scale + low;
-          vec b = __builtin_convertvector(pair >> 4, vec) * scale + low;
-          for (int m = 0; m < M; m++) acc[m] += a * load(x + m * K + k + part);
-          for (int m = 0; m < M; m++) acc[m] += b * load(x + m * K + k + part + 16);
-        }
+      vec acc[P][V][M] = {};
+      add_panels<M, P, Int4Panel>(x, K, (const int32_t*)w.data + n * K / 8, PANEL * K / 8, g * w.G, (g + 1) * w.G, acc);
+      for (int p = 0; p < P; p++) {
+        int64_t first = n + p * PANEL;
+        load_panel((const c10::BFloat16*)w.scale + g * N + first, N - first, scale);
+        load_panel((const c10::BFloat16*)w.zero + g * N + first, N - first, zero);
+        for (int v = 0; v < V; v++)
+          for (int m = 0; m < M; m++) out[p][v][m] += acc[p][v][m] * scale[v] + zero[v] * sums[m * groups + g];
       }
     }
-    for (int m = 0; m < M; m++) y[m * N + n] = sum(acc[m]);
+  }
+  for (int p = 0; p < P; p++) {
+    int64_t first = n + p * PANEL;
+    if (w.type == at::kChar) load_panel((const float*)w.scale + first, N - first, scale);
+    for (int m = 0; m < M; m++) {
+      vec row[V];
+      for (int v = 0; v < V; v++) row[v] = w.type == at::kChar ? out[p][v][m] * scale[v] : out[p][v][m];
+      store(row, y + m * N + first, N - first);
+    }
   }
 }
 
+// Columns [begin, end) of y, begin a whole panel's. sums: of each group of each row of x, for int4.
 template <int M>
-static void rows(const float* x, const Matrix& w, float* y, int64_t begin, int64_t end) {
+static void quantized_rows(const float* x, const float* sums, const Matrix& w, float* y, int64_t begin, int64_t end) {
+  constexpr int P = std::max(1, std::min(4, 2 * MOST / (V * M)));  // as many as there are registers for
+  int64_t n = begin;
+  for (; n + P * PANEL <= end; n += P * PANEL) panels<M, P>(x, sums, w, y, n);
+  for (; n < end; n += PANEL) panels<M, 1>(x, sums, w, y, n);
+}
+
+// The sum of each group of G of x (M, K): (M, K / G)
+static std::vector<float> group_sums(const float* x, int64_t M, int64_t K, int64_t G) {
+  std::vector<float> sums(M * K / G);
+  for (size_t i = 0; i < sums.size(); i++)
+    for (int64_t k = 0; k < G; k++) sums[i] += x[i * G + k];
+  return sums;
+}
+
+template <int M>
+static void rows(const float* x, const float* sums, const Matrix& w, float* y, int64_t begin, int64_t end) {
   switch (w.type) {
-    case at::kFloat: return rows<M, float>(x, w, y, begin, end);
-    case at::kBFloat16: return rows<M, c10::BFloat16>(x, w, y, begin, end);
-    case at::kChar: return rows<M, int8_t>(x, w, y, begin, end);
-    default: return rows_int4<M>(x, w, y, begin, end);
+    case at::kFloat: return tiles<M, float>(x, w, y, begin, end);
+    case at::kBFloat16: return tiles<M, c10::BFloat16>(x, w, y, begin, end);
+    default: return quantized_rows<M>(x, sums, w, y, begin, end);
   }
 }
 
 // Columns [begin, end) of y (M, N) = x (M, K) times w (N, K) transposed.
 static void product(const float* x, int64_t M, const Matrix& w, float* y, int64_t begin, int64_t end) {
-  for (; M > 8; M -= 8, x += 8 * w.K, y += 8 * w.N) rows<8>(x, w, y, begin, end);
-  switch (M) {
-    case 1: return rows<1>(x, w, y, begin, end);
-    case 2: return rows<2>(x, w, y, begin, end);
-    case 3: return rows<3>(x, w, y, begin, end);
-    case 4: return rows<4>(x, w, y, begin, end);
-    case 5: return rows<5>(x, w, y, begin, end);
-    case 6: return rows<6>(x, w, y, begin, end);
-    case 7: return rows<7>(x, w, y, begin, end);
-    case 8: return rows<8>(x, w, y, begin, end);
+  std::vector<float> sums;
+  if (w.zero) sums = group_sums(x, M, w.K, w.G);
+  // Rows that don't fit into the registers together take turns, while the weights of some columns are in the cache.
+  const int64_t turns = (M + MOST - 1) / MOST, most = (M + turns - 1) / turns;
+  const int64_t columns = turns > 1 ? 2 * PANEL : end - begin;
+  for (int64_t first = begin; first < end; first += columns) {
+    const int64_t last = std::min(end, first + columns);
+    for (int64_t m = 0; m < M; m += most) {
+      const float *own = x + m * w.K, *own_sums = w.zero ? &sums[m * w.K / w.G] : nullptr;
+      float* out = y + m * w.N;
+      switch (std::min(M - m, most)) {
+        case 1: rows<1>(own, own_sums, w, out, first, last); break;
+        case 2: rows<2>(own, own_sums, w, out, first, last); break;
+        case 3: rows<3>(own, own_sums, w, out, first, last); break;
+        case 4: rows<4>(own, own_sums, w, out, first, last); break;
+        case 5: rows<5>(own, own_sums, w, out, first, last); break;
+        case 6: rows<6>(own, own_sums, w, out, first, last); break;
+        case 7: rows<std::min(7, MOST)>(own, own_sums, w, out, first, last); break;
+        case 8: rows<std::min(8, MOST)>(own, own_sums, w, out, first, last); break;
+      }
+    }
   }
 }
 

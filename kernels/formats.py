@@ -6,9 +6,11 @@ of a row are 16 bytes. Byte j holds number j in its lower half and number j + 16
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 GROUPSIZES = (32, 64, 128, 256)
+PANEL = 16  # outputs that the CPU's kernels take side by side
 
 
 def int8_rows(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,12 +42,43 @@ def pack(q: Tensor) -> Tensor:
     return (low | high << 4).flatten(1)
 
 
+def unpack(w: Tensor) -> Tensor:
+    """The reverse of `pack`."""
+    pairs = w.view(len(w), -1, 16)
+    return torch.stack((pairs & 15, pairs >> 4), 2).flatten(1)  # (N, K / 32, 2, 16) before
+
+
 def int4_groups(w: Tensor, groupsize: int) -> tuple[Tensor, Tensor, Tensor]:
     """w (N, K) as (weight, scale, zero) in int4, each weight rounded to the nearest."""
     groups = w.unflatten(1, (-1, groupsize))
     scale, zero = int4_range(groups)
     q = int4_round(groups, scale[..., None], zero[..., None])  # (N, G, groupsize)
     return pack(q.flatten(1)), scale, zero
+
+
+def panels(w: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(weight, scale, zero) of a quantized weight as the CPU's kernels read it: in panels of 16 outputs side by side.
+
+    int8: (N / 16, K, 16). int4: (N / 16, K / 8, 16) int32, each with eight columns of an output, as q - 8 in four bits
+    with a sign, the first in the lowest ones. N is rounded up. scale and zero keep their shapes, but outputs follow each other in memory.
+    """
+    N = len(w)
+    if zero is not None:
+        q = unpack(w)
+        q = F.pad(q, (0, 0, 0, -N % PANEL)).view(-1, PANEL, q.shape[1] // 8, 8).transpose(1, 2).to(torch.int32)
+        lanes = torch.zeros(q.shape[:-1], dtype=torch.int32, device=w.device)
+        for i in range(8):
+            lanes |= (q[..., i] ^ 8) << 4 * i
+        return lanes, scale.T.contiguous().T, zero.T.contiguous().T
+    whole = F.pad(w, (0, 0, 0, -N % PANEL))
+    return whole.view(-1, PANEL, w.shape[1]).transpose(1, 2).contiguous(), scale, None
+
+
+def rows_of_panels(w: Tensor, outputs: int) -> Tensor:
+    """The numbers (outputs, K) int8 that panels hold; those of int4 from 0 to 15."""
+    if w.dtype == torch.int32:
+        w = torch.stack([w >> 4 * i & 15 ^ 8 for i in range(8)], 2).flatten(1, 2).to(torch.int8)  # (N / 16, K, 16)
+    return w.transpose(1, 2).flatten(0, 1)[:outputs]
 
 
 def round_weight(w: Tensor, quantization: str, groupsize: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -60,10 +93,14 @@ def round_weight(w: Tensor, quantization: str, groupsize: int | None) -> tuple[T
 
 
 def dequantize(w: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The weight (N, K), in dtype, that quantized w, scale and zero stand for. zero is None for int8."""
+    """The weight (N, K), in dtype, that quantized w, scale and zero stand for, in panels or as in the file. zero is
+    None for int8.
+    """
+    if w.dim() == 3:
+        w = rows_of_panels(w, len(scale))
+    elif zero is not None:
+        w = unpack(w)
     if zero is None:
         return (w * scale[:, None]).to(dtype)
-    pairs = w.view(len(w), -1, 16)
-    halves = torch.stack((pairs & 15, pairs >> 4), 2)  # (N, K / 32, 2, 16)
-    q = halves.view(*scale.shape, -1).to(torch.float32) - 8  # (N, G, groupsize)
+    q = w.reshape(*scale.shape, -1).to(torch.float32) - 8  # (N, G, groupsize)
     return (q * scale[..., None].float() + zero[..., None].float()).flatten(1).to(dtype)
