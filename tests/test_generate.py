@@ -20,7 +20,7 @@ import kernels
 import model as engine
 from checkpoint import load_model
 from command import InputError
-from conftest import FAMILY, ROOT, write_tokenizer
+from conftest import FAMILY, ROOT, call, write_tokenizer
 from drafters import Drafter
 from generate import Decoder, DraftDisplay, Sampling, Stats, accept, acceptance, draw
 from model import ModelConfig, Transformer
@@ -692,7 +692,6 @@ def test_command_line_reports_what_it_did(checkpoint, tmp_path):
     assert "traceEvents" in json.loads((tmp_path / "trace.json").read_text())
 
 
-@pytest.mark.slow
 def test_command_line_greedy_equals_the_api(checkpoint, tmp_path):
     path = checkpoint("llama3")
     model, tokenizer = load_model(path), Tokenizer.load(path.parent)
@@ -717,19 +716,20 @@ def test_command_line_greedy_equals_the_api(checkpoint, tmp_path):
         ("--generation_strategy", "self_speculative", "--exit_layer", 3, "--num_speculations", 2),
         ("--draft_checkpoint_path", checkpoint("llama3")),
     ):
-        result = cli(*common, *how)
+        result = call(generate.main, *common, *how)
         assert result.returncode == 0, result.stderr
         assert json.loads(out.read_text())["samples"][0]["tokens"] == expected
 
 
-@pytest.mark.slow
 def test_says_when_the_context_is_shorter_than_asked_for(checkpoint):
     common = ("--checkpoint_path", checkpoint("llama2"), "--prompt", "def f1", "--num_samples", 1)
-    assert "note: the context of 128 positions leaves room for" in cli(*common, "--max_new_tokens", 200).stdout
-    assert "note:" not in cli(*common, "--max_new_tokens", 20).stdout
+    assert (
+        "note: the context of 128 positions leaves room for"
+        in call(generate.main, *common, "--max_new_tokens", 200).stdout
+    )
+    assert "note:" not in call(generate.main, *common, "--max_new_tokens", 20).stdout
 
 
-@pytest.mark.slow
 def test_stop_strings_end_a_sample(checkpoint):
     common = (
         "--checkpoint_path",
@@ -745,9 +745,10 @@ def test_stop_strings_end_a_sample(checkpoint):
         "--json",
         "-",
     )
-    whole = json.loads(cli(*common).stdout.splitlines()[-1])["samples"][0]
+    whole = json.loads(call(generate.main, *common).stdout.splitlines()[-1])["samples"][0]
     stop = whole["text"][8:11]
-    sample = json.loads(cli(*common, "--stop", stop, "--self_speculative").stdout.splitlines()[-1])["samples"][0]
+    result = call(generate.main, *common, "--stop", stop, "--self_speculative")
+    sample = json.loads(result.stdout.splitlines()[-1])["samples"][0]
     assert (
         sample["text"] == whole["text"][: whole["text"].index(stop)]
         and sample["tokens"] == whole["tokens"][: len(sample["tokens"])]
@@ -838,6 +839,7 @@ def test_without_kernels_drafts_are_chosen_with_the_head_itself(checkpoint, monk
     assert Decoder(model, exit_layer=1, k=2, rows=40).drafter.head is None
 
 
+@pytest.mark.slow
 def test_the_process_itself_exits_with_one_line():
     result = cli("--checkpoint_path", "nowhere/model.pth")
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr

@@ -15,7 +15,7 @@ ROWS = [*range(1, 10), 16]
 
 
 @pytest.fixture(autouse=True)
-def built():
+def built(two_threads):
     assert cpu.prepare(), "the C++ kernels must build where the tests run"
     with torch.inference_mode():
         yield
@@ -111,6 +111,22 @@ def test_layers(t, last, heads, kv_heads, c, ffn, dtype):
     fill(model, batch, 100, last)
     for i in range(t):
         assert torch.equal(model(x[:, i : i + 1], pos[i : i + 1])[:, 0], y[:, i]), "a row depends on its neighbours"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_changes_no_bit(dtype):
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(1, 5, 320, generator=g).to(dtype), torch.randn(1000, 320, generator=g)
+    model, pos = layers_model(8, 2, 12, 33, dtype), torch.arange(66, 71)
+
+    def compute():
+        fill(model, 1, 100, 70)
+        products = [torch.ops.layerskip.linear(x, w.to(dtype)), torch.ops.layerskip.linear(x, *formats.int8_rows(w))]
+        return [*products, model(torch.arange(5)[None], pos)]
+
+    several = compute()
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(several, compute(), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
