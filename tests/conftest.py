@@ -15,6 +15,14 @@ if not torch.cuda.is_available():
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
+LONGEST = ["test_tp", "test_generate", "test_smollm2", "test_quantize", "test_train", "test_scripts", "test_sm90"]
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest first, so that the workers end together: each is given file after file."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 # The four shapes of the family, tiny: what differs between Llama 2, CodeLlama, Llama 3 and Llama 3.2.
 LLAMA3_ROPE = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
