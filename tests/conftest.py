@@ -15,7 +15,17 @@ if not torch.cuda.is_available():
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-LONGEST = ["test_tp", "test_generate", "test_smollm2", "test_quantize", "test_train", "test_scripts", "test_sm90"]
+LONGEST = [
+    "test_tp",
+    "test_generate",
+    "test_smollm2",
+    "test_quantize",
+    "test_train",
+    "test_kernels",
+    "test_scripts",
+    "test_sm90",
+    "test_measure",
+]
 
 
 def pytest_collection_modifyitems(items):

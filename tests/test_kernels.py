@@ -12,6 +12,7 @@ from kernels import cpu, cuda, formats
 from model import ModelConfig, Transformer
 
 ROWS = [*range(1, 10), 16]
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -209,7 +210,7 @@ def alone(f, m):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
-@pytest.mark.parametrize("m,n,k", [(1, 7, 5), (3, 70, 100), (8, 33, 600), (16, 130, 320)])
+@pytest.mark.parametrize("m,n,k", [(1, 7, 5), (3, 70, 100), (8, 33, 600), pytest.param(16, 130, 320, marks=SLOW)])
 def test_gpu_linear(m, n, k, dtype, triton):
     g = torch.Generator().manual_seed(m * n + k)
     x, w = torch.randn(1, m, k, generator=g).to(dtype), torch.randn(n, k, generator=g).to(dtype)
@@ -224,7 +225,13 @@ def test_gpu_linear(m, n, k, dtype, triton):
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize(
     "heads,kv_heads,c,t,last",
-    [(4, 4, 64, 3, 300), (8, 2, 12, 5, 31), (6, 1, 33, 2, 520), (1, 1, 8, 1, 0), (2, 1, 16, 4, 257)],
+    [
+        pytest.param(4, 4, 64, 3, 300, marks=SLOW),
+        (8, 2, 12, 5, 31),
+        (6, 1, 33, 2, 520),
+        (1, 1, 8, 1, 0),
+        (2, 1, 16, 4, 257),
+    ],
 )
 def test_gpu_attend(heads, kv_heads, c, t, last, dtype, triton):
     g = torch.Generator().manual_seed(t * last + c)

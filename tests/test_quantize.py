@@ -334,6 +334,7 @@ print(status("VmHWM") - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere mapped files are counted differently")
+@pytest.mark.slow
 def test_memory_is_that_of_the_file(quantized, tmp_path):
     """Loading and decoding take the file's size, the caches and a tenth, in the file's precision."""
     from benchmark import random_model
@@ -352,6 +353,7 @@ def test_memory_is_that_of_the_file(quantized, tmp_path):
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.slow
 def test_a_signal_leaves_nothing_half_written(number, code, tmp_path):
     names = {"model.pth", "model.json", "tokenizer.model", "prompts.jsonl"}
     for name in names:
