@@ -1,7 +1,10 @@
+import io
 import json
 import os
+import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +14,24 @@ if not torch.cuda.is_available():
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+LONGEST = [
+    "test_tp",
+    "test_generate",
+    "test_smollm2",
+    "test_quantize",
+    "test_train",
+    "test_kernels",
+    "test_scripts",
+    "test_sm90",
+    "test_measure",
+]
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest first, so that the workers end together: each is given file after file."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 # The four shapes of the family, tiny: what differs between Llama 2, CodeLlama, Llama 3 and Llama 3.2.
 LLAMA3_ROPE = dict(
@@ -108,6 +129,37 @@ def checkpoint(hf_folder):
     from convert_hf_checkpoint import convert
 
     return lambda shape: convert(hf_folder(shape)[0])
+
+
+@pytest.fixture
+def two_threads():
+    """The tests run with one thread each (scripts/test.sh); these are of what several threads share."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def call(main, *args, input=""):
+    """Run a command's `main` in this process, which saves a start-up of seconds; the result as of subprocess.run."""
+    from command import run_command
+
+    code, before = None, signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [main.__module__, *map(str, args)])
+        for name, text in dict(stdin=input, stdout="", stderr="").items():
+            data = io.BytesIO(text if isinstance(text, bytes) else text.encode())
+            patch.setattr(sys, name, io.TextIOWrapper(data, encoding="utf-8", write_through=True))
+        try:
+            run_command(main)
+        except SystemExit as end:
+            code = end.code
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        stdout, stderr = (stream.buffer.getvalue().decode() for stream in (sys.stdout, sys.stderr))
+    if isinstance(code, str):  # as Python ends then
+        code, stderr = 1, f"{stderr}{code}\n"
+    return SimpleNamespace(returncode=code or 0, stdout=stdout, stderr=stderr)
 
 
 def edit_json(path, **changes):

@@ -30,7 +30,9 @@ def test_prompts_come_back_from_the_tokenizer(demo):
         assert tokenizer.decode(ids) == json.loads(line)["prompt"] and len(ids) + 256 <= model.config.context
 
 
-@pytest.mark.parametrize("exit_layer,k", [(1, 3), (2, 2), (4, 6)])
+@pytest.mark.parametrize(
+    "exit_layer,k", [(2, 2), *(pytest.param(*how, marks=pytest.mark.slow) for how in ((1, 3), (4, 6)))]
+)
 def test_self_speculation_writes_the_same_text_and_is_often_right(exit_layer, k, demo):
     model, _, prompts = demo
     plain, ours = Decoder(model), Decoder(model, exit_layer=exit_layer, k=k)

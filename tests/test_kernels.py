@@ -12,10 +12,11 @@ from kernels import cpu, cuda, formats
 from model import ModelConfig, Transformer
 
 ROWS = [*range(1, 10), 16]
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
-def built():
+def built(two_threads):
     assert cpu.prepare(), "the C++ kernels must build where the tests run"
     with torch.inference_mode():
         yield
@@ -114,6 +115,22 @@ def test_layers(t, last, heads, kv_heads, c, ffn, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_changes_no_bit(dtype):
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(1, 5, 320, generator=g).to(dtype), torch.randn(1000, 320, generator=g)
+    model, pos = layers_model(8, 2, 12, 33, dtype), torch.arange(66, 71)
+
+    def compute():
+        fill(model, 1, 100, 70)
+        products = [torch.ops.layerskip.linear(x, w.to(dtype)), torch.ops.layerskip.linear(x, *formats.int8_rows(w))]
+        return [*products, model(torch.arange(5)[None], pos)]
+
+    several = compute()
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(several, compute(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("m,n", [(1, 1), (2, 7), (5, 48), (16, 1030)])
 def test_norm(m, n, dtype):
     g = torch.Generator().manual_seed(m + n)
@@ -193,7 +210,7 @@ def alone(f, m):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
-@pytest.mark.parametrize("m,n,k", [(1, 7, 5), (3, 70, 100), (8, 33, 600), (16, 130, 320)])
+@pytest.mark.parametrize("m,n,k", [(1, 7, 5), (3, 70, 100), (8, 33, 600), pytest.param(16, 130, 320, marks=SLOW)])
 def test_gpu_linear(m, n, k, dtype, triton):
     g = torch.Generator().manual_seed(m * n + k)
     x, w = torch.randn(1, m, k, generator=g).to(dtype), torch.randn(n, k, generator=g).to(dtype)
@@ -208,7 +225,13 @@ def test_gpu_linear(m, n, k, dtype, triton):
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize(
     "heads,kv_heads,c,t,last",
-    [(4, 4, 64, 3, 300), (8, 2, 12, 5, 31), (6, 1, 33, 2, 520), (1, 1, 8, 1, 0), (2, 1, 16, 4, 257)],
+    [
+        pytest.param(4, 4, 64, 3, 300, marks=SLOW),
+        (8, 2, 12, 5, 31),
+        (6, 1, 33, 2, 520),
+        (1, 1, 8, 1, 0),
+        (2, 1, 16, 4, 257),
+    ],
 )
 def test_gpu_attend(heads, kv_heads, c, t, last, dtype, triton):
     g = torch.Generator().manual_seed(t * last + c)

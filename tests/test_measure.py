@@ -156,6 +156,7 @@ def test_measuring_is_for_one_process(monkeypatch):
 # Benchmark
 
 
+@pytest.mark.slow
 def test_benchmark_scores_a_task_and_goes_on_after_an_interrupt(tmp_path, monkeypatch, capsys):
     command = (
         "--early_exit 1 --speculate_k 2 --num_prompts 2 --max_new_tokens 12 --repeats 1 --no-compile --device cpu "

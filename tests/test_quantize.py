@@ -11,11 +11,14 @@ import time
 import pytest
 import torch
 
+import export_hf_checkpoint
+import generate
 import kernels
 import quantize as q
+import train
 from checkpoint import load_config, load_model, save_checkpoint
 from command import InputError
-from conftest import ROOT, make_hf_model, write_tokenizer
+from conftest import ROOT, call, make_hf_model, write_tokenizer
 from generate import Decoder, Sampling
 from kernels import cpu, cuda, formats
 
@@ -33,11 +36,7 @@ def checkpoint_path(tmp_path_factory):
 
 
 def command(path, *args):
-    return subprocess.run(
-        [sys.executable, ROOT / "quantize.py", "--checkpoint_path", path, *map(str, args)],
-        capture_output=True,
-        text=True,
-    )
+    return call(q.main, "--checkpoint_path", path, *args)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +99,7 @@ def test_constant_groups_survive():
     assert torch.allclose(formats.dequantize(*formats.int4_groups(w, 32), torch.float32), w, atol=1e-6)
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n,k,groupsize", [(1, 32, 32), (33, 96, 32), (130, 320, 64), (40, 512, 256)])
 @pytest.mark.parametrize("m", [*range(1, 10), 16, 20])
@@ -252,7 +252,6 @@ def test_prompts_calibrate_as_the_text_they_are(checkpoint_path, tmp_path):
     assert len(jsonl) == 5 and all(torch.equal(a, b) for a, b in zip(jsonl, text, strict=True))
 
 
-@pytest.mark.slow
 def test_bad_input_ends_in_one_line(quantized, checkpoint_path, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("x")
@@ -285,14 +284,10 @@ def test_bad_input_ends_in_one_line(quantized, checkpoint_path, tmp_path):
 
 def test_quantized_checkpoints_are_neither_exported_nor_trained(quantized, tmp_path):
     for args in (
-        ["export_hf_checkpoint.py", "--out", tmp_path / "out"],
-        ["train.py", "--out", tmp_path / "out", "--data", ROOT / "README.md"],
+        [export_hf_checkpoint.main, "--out", tmp_path / "out"],
+        [train.main, "--out", tmp_path / "out", "--data", ROOT / "README.md"],
     ):
-        result = subprocess.run(
-            [sys.executable, ROOT / "scripts" / args[0], "--checkpoint_path", quantized("int8"), *args[1:]],
-            capture_output=True,
-            text=True,
-        )
+        result = call(*args, "--checkpoint_path", quantized("int8"))
         assert (
             result.returncode == 1
             and "is quantized (int8)" in result.stderr
@@ -303,27 +298,12 @@ def test_quantized_checkpoints_are_neither_exported_nor_trained(quantized, tmp_p
 
 def test_says_when_quantized_weights_are_slower(quantized, tmp_path):
     for precision, slow in (("float32", False), ("float16", True)):  # the CPU's kernels know no float16
-        result = subprocess.run(
-            [
-                sys.executable,
-                ROOT / "generate.py",
-                "--checkpoint_path",
-                quantized("int8"),
-                "--precision",
-                precision,
-                "--num_samples",
-                "1",
-                "--max_new_tokens",
-                "3",
-                "--device",
-                "cpu",
-            ],
-            capture_output=True,
-            text=True,
-        )
+        args = ("--checkpoint_path", quantized("int8"), "--num_samples", 1, "--max_new_tokens", 3, "--device", "cpu")
+        result = call(generate.main, *args, "--precision", precision)
         assert result.returncode == 0 and ("slower than float weights" in result.stdout) == slow, result.stderr
 
 
+@pytest.mark.slow
 def test_prepare_converts_and_quantizes(checkpoint_path, tmp_path):
     folder = shutil.copytree(
         checkpoint_path.parent, tmp_path / "hf", ignore=shutil.ignore_patterns("model*.pth", "model*.json")
@@ -357,6 +337,7 @@ print(status("VmHWM") - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere mapped files are counted differently")
+@pytest.mark.slow
 def test_memory_is_that_of_the_file(quantized, tmp_path):
     """Loading and decoding take the file's size, the caches and a tenth, in the file's precision."""
     from benchmark import random_model
@@ -375,6 +356,7 @@ def test_memory_is_that_of_the_file(quantized, tmp_path):
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.slow
 def test_a_signal_leaves_nothing_half_written(number, code, tmp_path):
     names = {"model.pth", "model.json", "tokenizer.model", "prompts.jsonl"}
     for name in names:

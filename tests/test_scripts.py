@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import errors
 
+import benchmark
 import download
 from command import InputError
-from conftest import ROOT
+from conftest import ROOT, call
 
 
 def http_error(kind, status, message="message"):
@@ -147,11 +148,11 @@ def test_several_processes_without_torchrun_are_one_line(checkpoint):
 @pytest.mark.slow
 def test_benchmark(checkpoint, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "def f1(x)"}\n{"prompt": "return"}\n')
-    command = (
-        f"python scripts/benchmark.py --checkpoint_path {checkpoint('llama2')} --task {tmp_path}/prompts.jsonl "
-        f"--max_new_tokens 20 --early_exit 1 2 --speculate_k 2 --repeats 2 --no-compile --json {tmp_path}/out.json"
+    args = (
+        f"--checkpoint_path {checkpoint('llama2')} --task {tmp_path}/prompts.jsonl --max_new_tokens 20 "
+        f"--early_exit 1 2 --speculate_k 2 --repeats 2 --no-compile --json {tmp_path}/out.json"
     )
-    result = shell(command)
+    result = shell(f"python scripts/benchmark.py {args}")
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "out.json").read_text())
     assert "self-speculative E=2 K=2" in result.stdout and "the same, token for token" in result.stdout
@@ -159,13 +160,11 @@ def test_benchmark(checkpoint, tmp_path):
     assert report["table"][0]["speedup"] == 1 and all(row["same_text"] for row in report["table"])
     for line, words in (("", "is empty"), ('{"text": 1}', "line 1"), ("{", "line 1")):
         (tmp_path / "prompts.jsonl").write_text(line)
-        result = shell(command)
+        result = call(benchmark.main, *args.split())
         assert result.returncode == 1 and words in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_benchmark_of_a_shape_reaches_the_acceptance_that_was_asked_for(monkeypatch, capsys):
-    import benchmark
-
     monkeypatch.setitem(benchmark.SHAPES, "tiny", (64, 32, 4, 2, 1, 16, 48, 2048, False))
     monkeypatch.setattr(
         sys,

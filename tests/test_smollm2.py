@@ -18,6 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 NEW_TOKENS = 64
+HOW = [dict(), dict(exit_layer=10, k=2)]
 TEXTS = {
     "prose": "The capital of France is",
     "leading spaces": "   and so the story began",
@@ -54,65 +55,86 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def expected(model):
-    """{name: (prompt ids, greedy tokens, text)} of transformers, chats included."""
-    hf, tokenizer = model.theirs
-    prompts = {name: tokenizer(text).input_ids for name, text in TEXTS.items()}
+def prompts(model):
+    """{name: ids} of transformers, chats included."""
+    _, tokenizer = model.theirs
+    found = {name: tokenizer(text).input_ids for name, text in TEXTS.items()}
     for name, messages in CHATS.items():
-        prompts[name] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    found = {}
-    for name, ids in prompts.items():
-        tokens = torch.tensor([ids])
-        how = dict(attention_mask=torch.ones_like(tokens), do_sample=False, pad_token_id=0)
-        new = hf.generate(tokens, max_new_tokens=NEW_TOKENS, **how)[0, len(ids) :].tolist()
-        before, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids, ids + new))
-        found[name] = ids, new, whole[len(before) :]
+        found[name] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     return found
 
 
-def test_prompt_ids(model, expected):
+def greedy(model, ids, tokens):
+    """Whether these are transformers' greedy tokens after the prompt, up to the first EOS. One pass tells: each of
+    them must be its choice behind those before.
+    """
+    hf, eos = model.theirs[0], model.ours[0].config.eos_ids
+    with torch.inference_mode():
+        logits = hf(torch.tensor([ids + tokens[:-1]]), logits_to_keep=len(tokens)).logits
+    ends = [token in eos for token in tokens]
+    whole = not any(ends[:-1]) and (ends[-1] or len(tokens) == NEW_TOKENS)
+    return whole and logits[0].argmax(-1).tolist() == tokens
+
+
+@pytest.fixture(scope="module")
+def written(model, prompts):
+    """{name: [(our text, our greedy tokens)], decoded plainly and with self-speculation}. The second finds the prompt
+    in the caches, which spares the long one.
+    """
+    ours, tokenizer = model.ours
+    ending = Ending.of(ours, tokenizer, NEW_TOKENS)
+    decoders = [Decoder(ours, rows=6000, **how) for how in HOW]
+    return {
+        name: [(run_sample(decoder, tokenizer, ids, ending), decoder.stats.tokens) for decoder in decoders]
+        for name, ids in prompts.items()
+    }
+
+
+def test_prompt_ids(model, prompts):
     _, tokenizer = model.ours
     assert tokenizer.encode("") == model.theirs[1]("").input_ids == []
     for name, text in TEXTS.items():
-        assert tokenizer.encode(text) == expected[name][0], name
+        assert tokenizer.encode(text) == prompts[name], name
     for name, messages in CHATS.items():
-        assert tokenizer.chat(messages) == expected[name][0], name
+        assert tokenizer.chat(messages) == prompts[name], name
 
 
-@pytest.mark.parametrize("how", [dict(), dict(exit_layer=10, k=2)], ids=["plain", "self-speculative"])
-def test_greedy_tokens_and_texts(how, model, expected):
+def test_greedy_tokens_and_texts(model, prompts, written):
+    for name, ids in prompts.items():
+        text, tokens = written[name][0]
+        assert greedy(model, ids, tokens), name
+        before, whole = (model.theirs[1].decode(part, skip_special_tokens=True) for part in (ids, ids + tokens))
+        assert text == whole[len(before) :], name
+
+
+def test_self_speculation_writes_the_same(written):
+    for name, (plain, ours) in written.items():
+        assert ours == plain, name
+
+
+@pytest.mark.parametrize("how", HOW, ids=["plain", "self-speculative"])
+def test_an_empty_prompt_is_refused(how, model):
     ours, tokenizer = model.ours
-    decoder, ending = Decoder(ours, rows=6000, **how), Ending.of(ours, tokenizer, NEW_TOKENS)
-    for name, (ids, tokens, text) in expected.items():
-        assert run_sample(decoder, tokenizer, ids, ending) == text, name
-        assert decoder.stats.tokens == tokens, name
     with pytest.raises(InputError, match="the prompt is empty"):
-        run_sample(decoder, tokenizer, tokenizer.encode(""), ending)
+        run_sample(Decoder(ours, rows=60, **how), tokenizer, tokenizer.encode(""), Ending.of(ours, tokenizer, 5))
 
 
-@pytest.mark.parametrize("how", [dict(), dict(exit_layer=10, k=2)], ids=["plain", "self-speculative"])
-def test_compiled(how, model, expected):
+@pytest.mark.parametrize("how", HOW, ids=["plain", "self-speculative"])
+def test_compiled(how, model, prompts, written):
     ours, tokenizer = model.ours
     decoder = Decoder(ours, rows=200, compile=True, **how)
     for name in ("special tokens", "other scripts", "system"):
-        ids, tokens, _ = expected[name]
-        assert list(decoder.generate(ids, NEW_TOKENS, ours.config.eos_ids)) == tokens, name
+        assert list(decoder.generate(prompts[name], NEW_TOKENS, ours.config.eos_ids)) == written[name][0][1], name
 
 
 def test_a_conversation(model):
     """The second turn, on the first one's caches, against transformers on all of it."""
     ours, tokenizer = model.ours
-    hf, their_tokenizer = model.theirs
     conversation = Conversation(Decoder(ours, rows=400), tokenizer, Ending.of(ours, tokenizer, NEW_TOKENS))
     conversation.answer("What is the capital of Italy? Answer in one sentence.")
     assert "Rome" in conversation.messages[-1]["content"]
     conversation.answer("And of Spain?")
     talk = conversation.messages[:-1]
-    ids = their_tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
-    tokens = torch.tensor([ids])
-    how = dict(attention_mask=torch.ones_like(tokens), do_sample=False, pad_token_id=0)
-    assert (
-        conversation.decoder.stats.tokens
-        == hf.generate(tokens, max_new_tokens=NEW_TOKENS, **how)[0, len(ids) :].tolist()
-    )
+    ids = model.theirs[1].apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+    assert greedy(model, ids, conversation.decoder.stats.tokens)
     assert conversation.decoder.stats.prefill_tokens < len(ids) / 2

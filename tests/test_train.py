@@ -13,7 +13,7 @@ import torch
 import train
 from checkpoint import load_model
 from command import InputError
-from conftest import ROOT
+from conftest import ROOT, call
 
 TINY = [
     "--n_layer",
@@ -343,11 +343,7 @@ def test_an_interrupted_run_of_two_processes_resumes_exactly(data, tmp_path, mon
     assert result.returncode == 0, result.stderr
     a, b = (load_model(tmp_path / name / "model.pth").state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    alone = subprocess.run(
-        [sys.executable, "scripts/train.py", "--data", str(data), "--out", str(tmp_path / "none"), *TINY, "--fsdp"],
-        capture_output=True,
-        text=True,
-    )
+    alone = call(train.main, "--data", data, "--out", tmp_path / "none", *TINY, "--fsdp")
     assert alone.returncode == 1 and alone.stderr.count("\n") == 1 and "--fsdp" in alone.stderr
 
 
