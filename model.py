@@ -210,8 +210,9 @@ class Linear(nn.Module):
 
     def arrange(self) -> None:
         """Lay quantized weights out as the CPU's kernels read them, if these are there; once."""
-        if self.scale is not None and self.weight.dim() == 2 and self.weight.device.type == "cpu" and cpu.prepare():
-            self.weight, self.scale, self.zero = formats.panels(self.weight, self.scale, self.zero)
+        if self.scale is None or self.weight.dim() == 3 or self.weight.device.type != "cpu" or not cpu.prepare():
+            return
+        self.weight, self.scale, self.zero = formats.panels(self.weight, self.scale, self.zero, in_place=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.combine(kernels.linear(x, self.weight, self.scale, self.zero))

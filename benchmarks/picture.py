@@ -27,7 +27,7 @@ def main() -> None:
     best = max(table[1:], key=lambda row: row["speedup"])
     rows = {
         "plain": (table[0], "#8c959f"),
-        f"self-speculative\nE={best['exit_layer']} K={best['k']}": (best, "#0969da"),
+        best["decoding"].replace(", ", "\n"): (best, "#0969da"),
     }
     figure, axes = plt.subplots(figsize=(7.5, 2.1))
     for height, (row, colour) in enumerate(rows.values()):

@@ -56,22 +56,38 @@ def int4_groups(w: Tensor, groupsize: int) -> tuple[Tensor, Tensor, Tensor]:
     return pack(q.flatten(1)), scale, zero
 
 
-def panels(w: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def panels(
+    w: Tensor, scale: Tensor, zero: Tensor | None, in_place: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """(weight, scale, zero) of a quantized weight as the CPU's kernels read it: in panels of 16 outputs side by side.
 
     int8: (N / 16, K, 16). int4: (N / 16, K / 8, 16) int32, each with eight columns of an output, as q - 8 in four bits
-    with a sign, the first in the lowest ones. N is rounded up. scale and zero keep their shapes, but outputs follow each other in memory.
+    with a sign, the first in the lowest ones. N is rounded up. scale and zero keep their shapes, but outputs follow
+    each other in memory. in_place: take w's own memory again, if the result fits.
     """
-    N = len(w)
-    if zero is not None:
-        q = unpack(w)
-        q = F.pad(q, (0, 0, 0, -N % PANEL)).view(-1, PANEL, q.shape[1] // 8, 8).transpose(1, 2).to(torch.int32)
-        lanes = torch.zeros(q.shape[:-1], dtype=torch.int32, device=w.device)
-        for i in range(8):
-            lanes |= (q[..., i] ^ 8) << 4 * i
-        return lanes, scale.T.contiguous().T, zero.T.contiguous().T
-    whole = F.pad(w, (0, 0, 0, -N % PANEL))
-    return whole.view(-1, PANEL, w.shape[1]).transpose(1, 2).contiguous(), scale, None
+    count, row = -(-len(w) // PANEL), w[0].nbytes
+    memory = torch.empty(count * PANEL * row, dtype=torch.uint8, device=w.device)
+    if in_place and w.nbytes == memory.nbytes:
+        memory = w.view(torch.uint8).flatten()
+    for begin in range(0, len(w), 64 * PANEL):  # rows at a time, to need little memory beside w
+        some = interleave(w[begin : begin + 64 * PANEL], packed=zero is not None).view(torch.uint8).flatten()
+        memory[begin * row :][: len(some)] = some
+    if zero is None:
+        return memory.view(torch.int8).view(count, -1, PANEL), scale, None
+    return memory.view(torch.int32).view(count, -1, PANEL), scale.T.contiguous().T, zero.T.contiguous().T
+
+
+def interleave(w: Tensor, packed: bool) -> Tensor:
+    """Some rows as panels. packed: w is int4, as `pack` has it; else int8."""
+    q = unpack(w) if packed else w
+    q = F.pad(q, (0, 0, 0, -len(q) % PANEL))
+    q = q.view(-1, PANEL, q.shape[1]).transpose(1, 2)  # (panels, K, 16)
+    if not packed:
+        return q.contiguous()
+    lanes = torch.zeros(q.shape[0], q.shape[1] // 8, PANEL, dtype=torch.int32, device=w.device)
+    for i in range(8):
+        lanes |= (q[:, i::8].int() ^ 8) << 4 * i
+    return lanes
 
 
 def rows_of_panels(w: Tensor, outputs: int) -> Tensor:

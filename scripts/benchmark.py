@@ -31,8 +31,8 @@ import kernels
 import tasks
 from checkpoint import empty_model
 from command import InputError, check_writable, run_command
-from drafters import SelfDrafter
-from generate import Decoder, acceptance, load, peak_memory_gb, total_counts, total_rounds
+from drafters import SelfDrafter, check_length
+from generate import NGRAM_K, Decoder, acceptance, load, peak_memory_gb, total_counts, total_rounds
 from model import Linear, ModelConfig, RMSNorm, Transformer
 from tokenizer import Tokenizer
 
@@ -69,6 +69,17 @@ class Work:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = tasks.parser(__doc__, [2, 4], "an eighth and a quarter of the layers")
+    p.add_argument(
+        "--draft_precision",
+        nargs="+",
+        choices=["same", "int8", "int4"],
+        default=["same"],
+        help="draft with the layers themselves, or with copies of them in int8 or int4",
+    )
+    p.add_argument(
+        "--draft", choices=["ngram"], help="measure n-gram drafts too: alone, and in front of every other setting"
+    )
+    p.add_argument("--ngram_k", type=int, default=NGRAM_K, help="length of n-gram drafts")
     p.add_argument("--repeats", type=int, default=3, help="timed passes over the prompts")
     p.add_argument("--pass_rows", type=int, default=8, help="time one full pass over 1 to this many rows")
     p.add_argument(
@@ -116,6 +127,9 @@ def check_options(args: argparse.Namespace) -> None:
         raise InputError(
             "--temperature: --shape is greedy, since drafts can be spoilt to a wanted acceptance only there"
         )
+    if args.shape and (args.draft or args.draft_precision != ["same"]):
+        raise InputError("--draft and --draft_precision: random weights say nothing of how often these are right")
+    check_length("ngram_k", args.ngram_k)
     if args.score and args.shape:
         raise InputError("--score: random weights write nothing worth comparing; name a checkpoint")
     if args.score:
@@ -303,16 +317,32 @@ def time_pass(step: Callable[[Tensor, Tensor], Tensor], x: Tensor, pos: Tensor, 
 
 
 def make_decoders(args: argparse.Namespace, work: Work) -> list[Decoder]:
-    """A plain decoder, then one for each exit layer and draft length."""
+    """A plain decoder, then one for each way to draft."""
     rows = max(map(len, work.prompts)) + args.max_new_tokens
     decoders = [tasks.make_decoder(args, work.model, rows)]
-    for e, k in itertools.product(args.early_exit, args.speculate_k):
+    lengths = [0, args.ngram_k] if args.draft else [0]  # of n-gram drafts
+    for precision, e, k in itertools.product(args.draft_precision, args.early_exit, args.speculate_k):
         spoilt = None
         if work.acceptance is not None:
             spoilt = SpoiltDrafter(work.model, e, k, args.draft_head)
             spoilt.acceptance = work.acceptance
-        decoders.append(tasks.make_decoder(args, work.model, rows, e, k, spoilt))
+        for ngram_k in lengths:
+            how = dict(draft_precision=precision, ngram_k=ngram_k)
+            decoders.append(tasks.make_decoder(args, work.model, rows, e, k, spoilt, **how))
+    if args.draft:
+        decoders.append(tasks.make_decoder(args, work.model, rows, ngram_k=args.ngram_k))
     return decoders
+
+
+def describe(decoder: Decoder) -> str:
+    """How a decoder drafts, such as "n-gram K=8, self int8 E=3 K=4"."""
+    parts = []
+    for drafter in decoder.drafter.members():
+        if isinstance(drafter, SelfDrafter):
+            parts.append(f"{drafter.name} E={drafter.exit_layer} K={drafter.k}")
+        elif drafter.k:
+            parts.append(f"{drafter.name} K={drafter.k}")
+    return ", ".join(parts) or "plain"
 
 
 def compile_all(decoders: list[Decoder], prompt: list[int]) -> list[float]:
@@ -385,8 +415,11 @@ def summarize_decoder(
     rate = prompts * (args.max_new_tokens - 1) / seconds  # the prompt's pass gives each text's first token
     used = decoder.bytes_read(rounds) / args.repeats / seconds  # bytes per second
     return dict(
+        decoding=describe(decoder),
         exit_layer=decoder.exit_layer,
         k=decoder.K,
+        rounds=rounds,
+        draft_copy_bytes=decoder.drafter.extra_bytes(),
         tokens_per_second=rate,
         ms_per_token=1e3 / rate,
         speedup=speedup,
@@ -470,28 +503,24 @@ def print_heading(
 
 def print_table(table: list[tasks.Row]) -> None:
     print(
-        "decoding                 tokens/s  ms/token  speedup (95% interval)  ideal (reached)  accepted  GB/s (share)"
+        f"{'decoding':32s}  tokens/s  ms/token  speedup (95% interval)  ideal (reached)  accepted  GB/s (share)"
     )
     for row in table:
         reached = row["speedup"] / row["ideal_speedup"]
         print(
-            f"{label(row):23s} {row['tokens_per_second']:9.1f} {row['ms_per_token']:9.2f}  "
+            f"{row['decoding']:32s} {row['tokens_per_second']:9.1f} {row['ms_per_token']:9.2f}  "
             f"{tasks.interval(row, '6.2f')} {row['ideal_speedup']:5.2f}x {reached:7.0%} {row['mean_accepted']:11.2f}  "
             f"{row['bandwidth_gb_per_s']:5.1f} ({row['bandwidth_share']:.0%})"
         )
 
 
-def label(row: tasks.Row) -> str:
-    return f"self-speculative E={row['exit_layer']} K={row['k']}" if row["k"] else "plain"
-
-
 def fastest(table: list[tasks.Row]) -> tasks.Row:
-    """The row of the fastest self-speculative setting."""
+    """The row of the fastest setting that drafts."""
     return max(table[1:], key=itemgetter("speedup"))
 
 
 def print_acceptance(best: tasks.Row) -> None:
-    print(f"\ndrafted tokens accepted per round at E={best['exit_layer']} K={best['k']}:")
+    print(f"\ndrafted tokens accepted per round by {best['decoding']}:")
     for i, share in enumerate(best["acceptance_probs"]):
         print(f"  {i} {'█' * round(share * BAR_WIDTH)} {share:.1%}")
     shares = ", ".join([f"{share:.0%}" for share in best["acceptance_by_position"]])
@@ -501,7 +530,7 @@ def print_acceptance(best: tasks.Row) -> None:
 def print_scores(table: list[tasks.Row]) -> None:
     for row in table:
         scores = ", ".join([f"{name} {row[name]:.3f}" for name in tasks.SCORES])
-        print(f"{label(row):23s} {scores}")
+        print(f"{row['decoding']:32s} {scores}")
     print()
 
 

@@ -46,12 +46,31 @@ def test_int8_linear(m, n, k, dtype):
         q.dtype == torch.int8
         and ((q.double() * scale[:, None].double() - w.double()).abs() <= scale[:, None] * 0.5001).all()
     )
-    y, dequantized = torch.ops.layerskip.linear(x, q, scale), q.double() * scale.double()[:, None]
+    panels, _, _ = formats.panels(q, scale, None)
+    y, dequantized = torch.ops.layerskip.linear(x, panels, scale), q.double() * scale.double()[:, None]
     exact = x.double() @ dequantized.T
     bound = x.double().abs() @ dequantized.abs().T * (k + 1) * 2**-24 + exact.abs() * torch.finfo(dtype).eps
     assert y.shape == (1, m, n) and y.dtype == dtype and ((y.double() - exact).abs() <= bound + 1e-30).all()
     for i in range(m):
-        assert torch.equal(torch.ops.layerskip.linear(x[:, i : i + 1], q, scale)[:, 0], y[:, i])
+        assert torch.equal(torch.ops.layerskip.linear(x[:, i : i + 1], panels, scale)[:, 0], y[:, i])
+
+
+@pytest.mark.parametrize("n,k,groupsize", [(1, 32, 32), (33, 96, 32), (130, 320, 64)])
+def test_panels_hold_the_same_weights(n, k, groupsize):
+    w = torch.randn(n, k, generator=torch.Generator().manual_seed(k))
+    for quantization in ("int8", "int4"):
+        weight, scale, zero = formats.round_weight(w, quantization, groupsize)
+        panels, own_scale, own_zero = formats.panels(weight, scale, zero)
+        wide = formats.dequantize(panels, own_scale, own_zero, torch.float32)
+        assert torch.equal(wide, formats.dequantize(weight, scale, zero, torch.float32))
+        assert panels.shape[0] == -(-n // 16) and panels.shape[2] == 16
+        output, column = n - 1, k - 1  # by the definition in `panels`
+        if zero is None:
+            assert panels[output // 16, column, output % 16] == weight[output, column]
+        else:
+            lane = panels[output // 16, column // 8, output % 16].item() >> 4 * (column % 8) & 15
+            number = weight[output, column // 32 * 16 + column % 16].item() >> 4 * (column % 32 >= 16) & 15
+            assert lane ^ 8 == number
 
 
 def layers_model(heads, kv_heads, c, ffn, dtype):
@@ -122,7 +141,9 @@ def test_the_number_of_threads_changes_no_bit(dtype):
 
     def compute():
         fill(model, 1, 100, 70)
-        products = [torch.ops.layerskip.linear(x, w.to(dtype)), torch.ops.layerskip.linear(x, *formats.int8_rows(w))]
+        quantized = [formats.panels(*formats.round_weight(w, kind, 32)) for kind in ("int8", "int4")]
+        weights = [(w.to(dtype),), *quantized]
+        products = [torch.ops.layerskip.linear(x, *weight) for weight in weights]
         return [*products, model(torch.arange(5)[None], pos)]
 
     several = compute()

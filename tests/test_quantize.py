@@ -112,7 +112,7 @@ def test_int4_linear(m, n, k, groupsize, dtype):
     )
     w = exact_int4(*tensors)
     with torch.inference_mode():
-        y = kernels.linear(x, *tensors)
+        y = kernels.linear(x, *formats.panels(*tensors))
         exact = x.double() @ w.T
         terms = (
             k if m <= kernels.MAX_ROWS or dtype == torch.float32 else 2**16
@@ -120,7 +120,7 @@ def test_int4_linear(m, n, k, groupsize, dtype):
         bound = x.double().abs() @ w.abs().T * (terms + 8) * 2**-24 + exact.abs() * torch.finfo(dtype).eps
         assert y.shape == (1, m, n) and y.dtype == dtype and ((y.double() - exact).abs() <= bound + 1e-30).all()
         for i in range(m if m <= kernels.MAX_ROWS else 0):
-            assert torch.equal(kernels.linear(x[:, i : i + 1], *tensors)[:, 0], y[:, i])
+            assert torch.equal(kernels.linear(x[:, i : i + 1], *formats.panels(*tensors))[:, 0], y[:, i])
 
 
 @pytest.mark.parametrize("m,n,k,groupsize", [(1, 7, 64, 32), (5, 40, 320, 64), (16, 33, 512, 256)])

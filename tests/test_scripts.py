@@ -155,7 +155,7 @@ def test_benchmark(checkpoint, tmp_path):
     result = shell(f"python scripts/benchmark.py {args}")
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "out.json").read_text())
-    assert "self-speculative E=2 K=2" in result.stdout and "the same, token for token" in result.stdout
+    assert "self E=2 K=2" in result.stdout and "the same, token for token" in result.stdout
     assert [(row["exit_layer"], row["k"]) for row in report["table"]] == [(None, 0), (1, 2), (2, 2)]
     assert report["table"][0]["speedup"] == 1 and all(row["same_text"] for row in report["table"])
     for line, words in (("", "is empty"), ('{"text": 1}', "line 1"), ("{", "line 1")):
