@@ -850,9 +850,8 @@ def add_speculation(p: argparse.ArgumentParser) -> None:
     add(
         "--draft_precision",
         choices=["same", "int8", "int4"],
-        default="same",
         help="draft with the layers themselves, or with a copy of them in int8 or int4, made in memory. A copy reads "
-        "less and may have all layers, so that a model without early exits gains too (default: %(default)s)",
+        "less and may have all layers, so that a model without early exits gains too (default: same; auto tries all)",
     )
     add(
         "--draft",
@@ -971,7 +970,7 @@ def check_drafting(args: argparse.Namespace) -> None:
     """Raise InputError for options of a drafter that is not asked for."""
     if not args.self_speculative:
         for option in ("early_exit", "draft_precision"):
-            if getattr(args, option) not in (None, "same"):
+            if getattr(args, option) is not None:
                 raise InputError(f"--{option} is for --self_speculative: give both")
         if args.speculate_k == "auto":
             raise InputError("--speculate_k auto is for --self_speculative: give both")
@@ -995,7 +994,7 @@ def make_decoder(args: argparse.Namespace, model: Transformer, draft_model: Tran
         draft_model=draft_model,
         k=SPECULATE_K if args.speculate_k is None else args.speculate_k,
         draft_head=args.draft_head,
-        draft_precision=args.draft_precision,
+        draft_precision=args.draft_precision or "same",
         ngram_k=ngram_k,
         ngram_max=args.ngram_max,
         sampling=Sampling(args.temperature, args.top_k, args.top_p),
@@ -1008,30 +1007,50 @@ def make_decoder(args: argparse.Namespace, model: Transformer, draft_model: Tran
 
 def default_exit(args: argparse.Namespace, model: Transformer) -> int:
     """Where drafting ends if no exit is named."""
-    return model.config.default_exit if args.draft_precision == "same" else model.config.n_layer
+    copied = args.draft_precision in ("int8", "int4")
+    return model.config.n_layer if copied else model.config.default_exit
 
 
 def settle_auto(args: argparse.Namespace, path: Path, model: Transformer, prompt: list[int], shard: Shard) -> None:
-    """Replace auto in the arguments by the fastest exit layer and draft length, or by plain decoding if that is
-    faster; says which, and how it knows. What the first process measures is what all take.
+    """Replace auto in the arguments by the fastest exit layer, draft length and, if none is named, draft precision, or
+    by plain decoding if that is faster; says which, and how it knows. What the first process measures is what all take.
     """
     exit_layer = None if args.early_exit == "auto" else args.early_exit or default_exit(args, model)
     k = None if args.speculate_k == "auto" else args.speculate_k or SPECULATE_K
 
-    def build(exit_layer: int | None, k: int, rows: int) -> Decoder:
-        own = dict(self_speculative=exit_layer is not None, early_exit=exit_layer, speculate_k=k)
+    def build(precision: str, exit_layer: int | None, k: int, rows: int) -> Decoder:
+        own = dict(early_exit=exit_layer, speculate_k=k, draft_precision=precision, draft=None)
+        own["self_speculative"] = exit_layer is not None
         return make_decoder(argparse.Namespace(**{**vars(args), **own}), model, None, rows)
 
-    stored = None
-    if exit_layer is k is None:
-        stored = tune.stored(path, tune.key(model, args.compile, args.temperature))
-    stored = shard.share(stored)
-    exit_layer, k, why = stored or shard.share(tune.calibrate(build, model, prompt, exit_layer, k))
+    setting = None
+    if exit_layer is k is args.draft_precision is None:
+        setting = tune.stored(path, tune.key(model, args.compile, args.temperature))
+    setting = shard.share(setting)
+    if setting is None:
+        builds: dict[str, tune.Build] = {}
+        for precision in precisions(args, model):
+            builds[precision] = partial(build, precision)
+        setting = shard.share(tune.calibrate(builds, model, prompt, exit_layer, k))
+    exit_layer, k, precision, why = setting
     args.self_speculative, args.early_exit, args.speculate_k = exit_layer is not None, exit_layer, k
+    args.draft_precision = precision
     chosen = f"--early_exit {exit_layer} --speculate_k {k}"
+    if precision != "same":
+        chosen += f" --draft_precision {precision}"
     if not args.self_speculative:
         chosen = "plain decoding, which no draft beats"
     print(f"auto: {chosen} ({why})")
+
+
+def precisions(args: argparse.Namespace, model: Transformer) -> list[str]:
+    """The draft precisions that auto may choose."""
+    if args.draft_precision:
+        return [args.draft_precision]
+    if args.early_exit == model.config.n_layer:
+        return ["int8", "int4"]  # the layers themselves would draft what they verify
+    smaller = {None: ["int8", "int4"], "int8": ["int4"], "int4": []}
+    return ["same", *smaller[model.config.quantization]]
 
 
 def introduce(path: Path, decoder: Decoder, prompt: list[int], args: argparse.Namespace, shard: Shard) -> None:

@@ -12,6 +12,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ SETTLING = 4  # rounds before those, not timed: after the prompt's pass the proc
 
 Build = Callable[["int | None", int, int], "Decoder"]  # (exit layer or None for plain decoding, k, rows) -> Decoder
 Cell = tuple[int, int]  # exit layer and draft length: a cell of the grid
-Setting = tuple["int | None", int, str]  # exit layer or None for plain decoding, k, and how they were found
+Setting = tuple["int | None", int, str, str]  # exit layer (None: plain decoding), k, draft precision, how it was found
 Chances = dict[int, list[float]]  # {exit: chance that a token drafted there is accepted, for each position}
 
 
@@ -45,19 +46,22 @@ def exit_chances(decoder: Decoder, prompt: list[int], text: list[int], exits: Se
 
     text: the ids that plain decoding wrote after the prompt's. A chance is the overlap sum(min(p, q)) of the draft's
     and the target's distribution, given the text so far (Leviathan et al. 2211.17192, corollary 3.6). At temperature 0
-    it is 1 if the draft is the text's own token, else 0. decoder: a self-speculative one of any exit, with rows for all
-    of it.
+    it is 1 if the draft is the text's own token, else 0. decoder: a self-speculative one of the largest exit, with rows
+    for all of it. For drafts by a copy the chances are a little too low: here the copy reads its own cache rows of the
+    whole text, not the target's.
     """
     model, sampling = decoder.model, decoder.sampling
     drafter: Any = decoder.drafter  # a SelfDrafter
-    x = torch.tensor([prompt + text[:-1]], device=model.embed.weight.device)  # (1, T) ids, then (1, T, D)
+    ids = torch.tensor([prompt + text[:-1]], device=model.embed.weight.device)  # (1, T)
+    x = model.embed(ids)
     hidden = {}
-    for i in range(model.config.n_layer):
-        x = model(x, None, i, i + 1)
+    for i, layer in enumerate(drafter.layers):
+        x = model.run([layer], x, None)
         hidden[i + 1] = x[0, len(prompt) :]  # (len(text) - 1, D), where text[1:] is drafted
+    model.cached_ids = []  # the rows are the drafts' now
     target = None
     if sampling.temperature > 0:
-        target = sampling.distribution(model.logits(x[0, len(prompt) :]))  # (len(text) - 1, V)
+        target = sampling.distribution(model.logits(model(ids)[0, len(prompt) :]))  # (len(text) - 1, V)
     chosen = torch.tensor(text[1:], device=x.device)
     chances = {}
     for e in exits:
@@ -132,7 +136,9 @@ def predict(
     other cells' times are interpolated. A progress bar shows the timings.
     """
     rows = max(map(len, prompts)) + tokens + max(ks)
-    drafting = build(exits[0], max(timed_ks), rows)  # with the largest caches first: all decoders are compiled for them
+    drafting = build(
+        exits[-1], max(timed_ks), rows
+    )  # with the largest caches first: all decoders are compiled for them
     plain = build(None, 0, rows)
     texts, chances = [], []
     for prompt in tqdm(prompts, desc="decoding", disable=None):
@@ -191,15 +197,17 @@ def interpolate(costs: dict[int, list[float]], timed_ks: Sequence[int], e: int, 
 
 
 def calibrate(
-    build: Build, model: Transformer, prompt: list[int], exit_layer: int | None = None, k: int | None = None
+    builds: dict[str, Build],
+    model: Transformer,
+    prompt: list[int],
+    exit_layer: int | None = None,
+    k: int | None = None,
 ) -> Setting:
-    """(exit layer, k, reason) to decode this prompt with, the exit layer None where plain decoding is fastest.
+    """What to decode this prompt with. The exit layer is None where plain decoding is fastest.
 
-    exit_layer, k: what is settled already. Raises InputError if there is no room in the context.
+    builds: {draft precision: Build} of those that may be chosen. exit_layer, k: what is settled already. Raises
+    InputError if there is no room in the context.
     """
-    if model.config.n_layer == 1:
-        return None, 1, "the model's only layer leaves none to draft with"
-    exits = list(range(1, model.config.n_layer)) if exit_layer is None else [exit_layer]
     ks = list(range(1, CALIBRATION_K + 1)) if k is None else [k]
     tokens = min(CALIBRATION_TOKENS, model.config.context - len(prompt) + 1)
     if tokens < 3:  # the prompt's pass gives one, and a round after half of the rest needs two
@@ -207,11 +215,19 @@ def calibrate(
             f"auto: the prompt's {len(prompt)} tokens leave no room to calibrate in; "
             "name --early_exit and --speculate_k"
         )
-    predicted = predict(build, [prompt], tokens, exits, ks, sorted({ks[0], ks[-1]}), repeats=5)
-    best = max(predicted, key=lambda cell: predicted[cell][0])
-    gain = predicted[best][0]
-    fastest = best[0] if gain > 1 else None
-    return fastest, best[1], f"calibrated, {gain:.2f}x of plain decoding expected"
+    best: tuple[float, int | None, int, str] = (0.0, None, 1, "same")
+    for precision, build in builds.items():
+        last = model.config.n_layer - (precision == "same")
+        exits = list(range(1, last + 1)) if exit_layer is None else [exit_layer]
+        if not exits:
+            continue  # the model's only layer
+        predicted = predict(build, [prompt], tokens, exits, ks, sorted({ks[0], ks[-1]}), repeats=5)
+        for (e, length), (gain, _) in predicted.items():
+            best = max(best, (gain, e, length, precision), key=itemgetter(0))
+    gain, fastest, length, precision = best
+    if gain <= 1:
+        fastest = None
+    return fastest, length, precision, f"calibrated, {gain:.2f}x of plain decoding expected"
 
 
 # Settings kept beside a checkpoint, in model.tune.json: a list of objects, each a `key` with exit_layer and k.
@@ -260,10 +276,10 @@ def store(checkpoint: str | Path, key: dict[str, Any], exit_layer: int | None, k
 
 
 def stored(checkpoint: str | Path, key: dict[str, Any]) -> Setting | None:
-    """(exit layer, k, reason) that was kept for the key, or None."""
+    """What was kept for the key, or None."""
     for entry in read_settings(checkpoint):
         if is_for(entry, key):
-            return entry["exit_layer"], entry["k"], f"stored in {tuned_path(checkpoint)}"
+            return entry["exit_layer"], entry["k"], "same", f"stored in {tuned_path(checkpoint)}"
     return None
 
 

@@ -134,8 +134,10 @@ struct Matrix {
     K *= 8;
     G = K / z->size(1);
     zero = z->const_data_ptr();
-    TORCH_CHECK(z->sizes() == s->sizes() && z->strides() == s->strides() && z->stride(1) == N &&
-                z->scalar_type() == at::kBFloat16 && G % 8 == 0 && G * z->size(1) == K);
+    for (const at::Tensor* t : {&*s, &*z})
+      TORCH_CHECK(t->sizes() == s->sizes() && t->stride(0) == 1 && (t->size(1) == 1 || t->stride(1) == N) &&
+                  t->scalar_type() == at::kBFloat16);
+    TORCH_CHECK(G % 8 == 0 && G * z->size(1) == K);
   }
 };
 

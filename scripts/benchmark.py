@@ -502,9 +502,7 @@ def print_heading(
 
 
 def print_table(table: list[tasks.Row]) -> None:
-    print(
-        f"{'decoding':32s}  tokens/s  ms/token  speedup (95% interval)  ideal (reached)  accepted  GB/s (share)"
-    )
+    print(f"{'decoding':32s}  tokens/s  ms/token  speedup (95% interval)  ideal (reached)  accepted  GB/s (share)")
     for row in table:
         reached = row["speedup"] / row["ideal_speedup"]
         print(

@@ -319,9 +319,9 @@ def test_auto_where_the_prompt_all_but_fills_the_context(checkpoint, room):
     prompt = [5] * (model.config.context + 1 - room)
     if room < 3:
         with pytest.raises(InputError, match="leave no room to calibrate in"):
-            tune.calibrate(build, model, prompt)
+            tune.calibrate({"same": build}, model, prompt)
     else:
-        assert tune.calibrate(build, model, prompt)[1] >= 1
+        assert tune.calibrate({"same": build}, model, prompt)[1] >= 1
 
 
 @pytest.mark.parametrize(
