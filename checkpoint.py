@@ -6,7 +6,7 @@ import mmap
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from command import InputError, check_memory, first_line
+from kernels import cpu
 from model import Linear, ModelConfig, Transformer, rope_frequencies
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ def allocate(model: Transformer, device: str | torch.device, dtype: torch.dtype,
             total += lines * CACHE_LINE
     check_memory(total, device, f"{what} in {dtype_name(dtype)}")
     if torch.device(device).type == "cpu":
-        memory = huge_pages(total)
+        memory = cpu.huge_pages(total)
     else:
         memory = torch.empty(total, dtype=torch.uint8, device=device)
     state = {}
@@ -233,12 +234,3 @@ def allocate(model: Transformer, device: str | torch.device, dtype: torch.dtype,
         state[name] = part.view(kind).view(t.shape)
         begin += nbytes
     return state
-
-
-def huge_pages(nbytes: int) -> Tensor:
-    """Memory (nbytes,) uint8 that the system may back by huge pages. In pages of 4 KB weights stream a fifth slower."""
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a system without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)

@@ -117,7 +117,7 @@ class ModelDrafter(Drafter):
         self.vocab_size = min(target.config.vocab_size, draft.config.vocab_size)
         self.head: nn.Module = draft.head
         if head == "int8" and can_round_head(draft):
-            self.head = draft.rounded_copy(draft.head, "int8")
+            self.head = draft.rounded_head()
 
     def known(self, tokens: Tensor) -> Tensor:
         """The tokens as the draft model can be fed them: where it lacks one, another stands in for it."""
@@ -197,7 +197,7 @@ class QuantizedDrafter(SelfDrafter):
         ModelDrafter.__init__(self, target, target, k, head)
         self.name = f"self {precision}"
         self.exit_layer = exit_layer
-        self.layers = [target.rounded_copy(layer, precision) for layer in target.layers[:exit_layer]]
+        self.layers = target.rounded_layers(exit_layer, precision)
 
     def verify_from(self, tokens: Tensor, states: list[Tensor], pos: Tensor) -> tuple[Tensor, int]:
         return tokens, 0

@@ -232,6 +232,19 @@ def rounded(module: nn.Module, quantization: str) -> Any:
     return twin
 
 
+def into_one_block(modules: list[nn.Module]) -> None:
+    """Move the modules' products, if they are on the CPU, to memory in huge pages, as a checkpoint's weights have."""
+    linears = [linear for module in modules for linear in module.modules() if isinstance(linear, Linear)]
+    if not linears or linears[0].weight.device.type != "cpu":
+        return
+    sizes = [-(-linear.weight.nbytes // 64) * 64 for linear in linears]  # whole cache lines
+    block = cpu.huge_pages(sum(sizes))
+    for linear, memory in zip(linears, block.split(sizes), strict=True):
+        weight = linear.weight
+        own = memory[: weight.nbytes].view(weight.dtype).view(weight.shape)
+        linear.weight = own.copy_(weight)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -332,7 +345,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config  # of the whole model
         self.shard: Any = None  # the tp.Shard whose part of it this is
-        self.copies: dict[tuple[nn.Module, str], Any] = {}  # what `rounded_copy` has made
+        self.copies: dict[str, list[Any]] = {}  # what `rounded_layers` and `rounded_head` have made
         self.cached_ids: list[int] = []  # of the text whose rows the caches hold, as far as a Decoder knows
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -351,12 +364,21 @@ class Transformer(nn.Module):
             self.head.weight = nn.Parameter(own, requires_grad=False)
 
     @torch.no_grad()
-    def rounded_copy(self, module: nn.Module, quantization: str) -> Any:
-        """A copy of a layer or of the head, see `rounded`; made once and kept."""
-        key = module, quantization
-        if key not in self.copies:
-            self.copies[key] = rounded(module, quantization)
-        return self.copies[key]
+    def rounded_layers(self, count: int, quantization: str) -> list[Any]:
+        """Copies of the first `count` layers, see `rounded`; made once and kept."""
+        made = self.copies.setdefault(quantization, [])
+        new = [rounded(layer, quantization) for layer in self.layers[len(made) : count]]
+        into_one_block(new)
+        made += new
+        return made[:count]
+
+    @torch.no_grad()
+    def rounded_head(self) -> Linear:
+        """A copy of the head in int8; made once and kept."""
+        if "head" not in self.copies:
+            self.copies["head"] = [self.head.rounded("int8")]
+            into_one_block(self.copies["head"])
+        return self.copies["head"][0]
 
     def setup_caches(self, rows: int, batch: int = 1) -> None:
         """See to KV caches of at least `rows` positions in every layer, in the weights' dtype and on their device."""

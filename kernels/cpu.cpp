@@ -212,15 +212,23 @@ struct Int4Panel {
   }
 };
 
+constexpr int64_t AHEAD = 256;  // bytes of a panel that are asked for before they are needed
+
 // Adds to acc[p][v][m] the products of columns [begin, end) of P panels, `stride` apart, with M rows of x. Each output
 // of each row has one accumulator and one order of additions, whatever M and P are.
 template <int M, int P, typename Panel, typename T>
 [[gnu::always_inline]] static inline void add_panels(const float* x, int64_t K, const T* data, int64_t stride,
                                                      int64_t begin, int64_t end, vec (*acc)[V][M]) {
+  constexpr int64_t LINE = 64 / sizeof(T) / PANEL * Panel::STEP;  // columns in a cache line
   for (int64_t k = begin; k < end; k += Panel::STEP) {
     const T* first = data + k / Panel::STEP * PANEL;
+    if (k % LINE == 0) {
+      // Soon to be read: further on in these panels, or beyond their ends the beginning of the next ones.
+      int64_t soon = k / Panel::STEP * PANEL + AHEAD / sizeof(T);
+      if (soon >= stride) soon += (P - 1) * stride;
 #pragma GCC unroll 16
-    for (int p = 0; p < P; p++) __builtin_prefetch((const char*)(first + p * stride) + (M == 1 ? 512 : 2048));
+      for (int p = 0; p < P; p++) __builtin_prefetch(data + p * stride + soon);
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < Panel::STEP; i++)
 #pragma GCC unroll 16
@@ -289,6 +297,7 @@ static void quantized_rows(const float* x, const float* sums, const Matrix& w, f
   constexpr int P = std::max(1, std::min(4, 2 * MOST / (V * M)));  // as many as there are registers for
   int64_t n = begin;
   for (; n + P * PANEL <= end; n += P * PANEL) panels<M, P>(x, sums, w, y, n);
+  for (; n + P / 2 * PANEL <= end && P > 3; n += P / 2 * PANEL) panels<M, std::max(1, P / 2)>(x, sums, w, y, n);
   for (; n < end; n += PANEL) panels<M, 1>(x, sums, w, y, n);
 }
 

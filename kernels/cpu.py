@@ -1,6 +1,7 @@
 """The CPU's kernels: builds cpu.cpp with g++ at first use, keeps the library for later, and loads it."""
 
 import hashlib
+import mmap
 import os
 import platform
 import shlex
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -113,3 +115,12 @@ def prepare() -> bool:
             warnings.warn(f"{message} ({reason})", stacklevel=1)
             ready = False
     return ready
+
+
+def huge_pages(nbytes: int) -> Tensor:
+    """Memory (nbytes,) uint8 that the system may back by huge pages. In pages of 4 KB weights stream a fifth slower."""
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a system without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
