@@ -153,7 +153,7 @@ static inline void prefetch(const void* p) {
 // Columns [n, n + R) of y[m, n] = sum over k of x[m, k] w[n, k]. Each (m, n) has one accumulator and one order of
 // additions, whatever M and R are.
 template <int M, int R, typename T>
-[[gnu::noinline]] static void tile(const float* x, const Matrix& w, float* y, int64_t n) {
+[[gnu::always_inline]] static inline void tile(const float* x, const Matrix& w, float* y, int64_t n) {
   const int64_t N = w.N, K = w.K;
   const T* rows = (const T*)w.data + n * K;
   vec acc[R][M] = {};
@@ -183,7 +183,7 @@ template <int M, int R, typename T>
 // With one row of x, weight rows are taken one after the other, as the processor prefetches them best. With several,
 // as many as there are registers for, so that there is less to load for each multiplication.
 template <int M, typename T>
-static void tiles(const float* x, const Matrix& w, float* y, int64_t begin, int64_t end) {
+[[gnu::noinline]] static void tiles(const float* x, const Matrix& w, float* y, int64_t begin, int64_t end) {
   constexpr int R = M == 1 ? 1 : (M * 4 <= 2 * MOST ? 4 : 2);
   int64_t n = begin;
   for (; n + R <= end; n += R) tile<M, R, T>(x, w, y, n);

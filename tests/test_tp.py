@@ -48,6 +48,11 @@ GRID = {
     "E=3 K=2": dict(exit_layer=3, k=2, draft_head="full"),
     "E=1 K=6": dict(exit_layer=1, k=6),
 }
+DRAFTED = {  # name: the checkpoint, and how it drafts
+    "int8 copy": ("llama3", dict(exit_layer=4, k=3, draft_precision="int8")),
+    "int4 copy of an int8 model": ("int8", dict(exit_layer=2, k=2, draft_precision="int4")),
+    "n-gram, then self": ("llama3", dict(exit_layer=1, k=2, ngram_k=4)),
+}
 SAMPLED = {"plain": {}, "self-speculative": dict(exit_layer=2, k=3), "draft model": dict(draft_model=True, k=2)}
 
 
@@ -83,6 +88,8 @@ def everything(load, names):
         kernels.enabled = True
         for how, settings in GRID.items() if name in ("tiny", "int4") else list(GRID.items())[:3]:
             found[name, how] = decode(model, draft, **settings)
+    for how, (name, settings) in DRAFTED.items():
+        found["drafted", how], _ = decode(load(name), None, **settings)
     model = load("llama3")
     for how, settings in SAMPLED.items():
         found["sampled", how] = decode(model, load("draft"), sampling=Sampling(0.8, 50), seed=3, **settings)
@@ -250,6 +257,12 @@ def test_greedy_tokens_equal_those_of_one_process(world, one):
     assert (
         sum(one["tiny", "E=1 K=3"][1][1:]) > 0 and sum(one["tiny", "E=1 K=3"][1][:-1]) > 0
     )  # drafts were sometimes right, sometimes wrong
+
+
+def test_copies_and_ngrams_change_no_token(world, one):
+    for how, (name, _) in DRAFTED.items():
+        plain, _ = one[name, "plain"]
+        assert one["drafted", how] == plain and all(rank["drafted", how] == plain for rank in world), how
 
 
 def test_sampled_tokens_are_everyones(world, one, folder):
