@@ -1062,7 +1062,8 @@ def introduce(path: Path, decoder: Decoder, prompt: list[int], args: argparse.Na
         f"{config.quantization or str(weight.dtype)[6:]} on {args.device}{processes}"
     )
     with torch.inference_mode():
-        if config.quantization and not kernels.backend(weight, 1):
+        quantized = config.quantization or args.draft_precision in ("int8", "int4")
+        if quantized and not kernels.backend(weight, 1):
             print(
                 "note: there are no kernels for quantized weights here: they are widened for every token, "
                 "which is slower than float weights"

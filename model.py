@@ -367,6 +367,11 @@ class Transformer(nn.Module):
     def rounded_layers(self, count: int, quantization: str) -> list[Any]:
         """Copies of the first `count` layers, see `rounded`; made once and kept."""
         made = self.copies.setdefault(quantization, [])
+        numbers = 0
+        for layer in self.layers[len(made) : count]:
+            numbers += sum(linear.weight.numel() for linear in layer.modules() if isinstance(linear, Linear))
+        nbytes = numbers if quantization == "int8" else numbers // 2
+        check_memory(nbytes, self.embed.weight.device, f"a copy of the layers in {quantization}")
         new = [rounded(layer, quantization) for layer in self.layers[len(made) : count]]
         into_one_block(new)
         made += new

@@ -25,9 +25,12 @@ def main() -> None:
     source, picture = map(Path, sys.argv[1:])
     table = json.loads(source.read_text())["table"]
     best = max(table[1:], key=lambda row: row["speedup"])
+    label = (
+        best.get("decoding") or f"self-speculative, E={best['exit_layer']} K={best['k']}"
+    )  # older lines have no name
     rows = {
         "plain": (table[0], "#8c959f"),
-        best["decoding"].replace(", ", "\n"): (best, "#0969da"),
+        label.replace(", ", "\n"): (best, "#0969da"),
     }
     figure, axes = plt.subplots(figsize=(7.5, 2.1))
     for height, (row, colour) in enumerate(rows.values()):

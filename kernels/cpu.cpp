@@ -242,12 +242,13 @@ template <int M, int P, typename Panel, typename T>
   }
 }
 
-// Outputs [n, n + width) of y (M, N) get the first values of `out`.
-static inline void store(const vec* out, float* y, int64_t width) {
-  if (width >= PANEL) {
-    for (int v = 0; v < V; v++) *(vec*)(y + v * W) = out[v];
+// Those of a panel's outputs, from `first` on, that lie in [begin, end) go to y (N).
+static inline void store(const vec* out, float* y, int64_t first, int64_t begin, int64_t end) {
+  if (first >= begin && first + PANEL <= end) {
+    for (int v = 0; v < V; v++) *(vec*)(y + first + v * W) = out[v];
   } else {
-    for (int64_t j = 0; j < width; j++) y[j] = out[j / W][j % W];
+    for (int64_t n = std::max(first, begin); n < std::min(first + PANEL, end); n++)
+      y[n] = out[(n - first) / W][(n - first) % W];
   }
 }
 
@@ -259,9 +260,10 @@ static inline void load_panel(const T* p, int64_t width, vec* out) {
   for (int v = 0; v < V; v++) out[v] = load(p + v * W);
 }
 
-// P panels from output n on.
+// P panels from output n on, of which the outputs [begin, end) are wanted.
 template <int M, int P>
-[[gnu::noinline]] static void panels(const float* x, const float* sums, const Matrix& w, float* y, int64_t n) {
+[[gnu::noinline]] static void panels(const float* x, const float* sums, const Matrix& w, float* y, int64_t n,
+                                     int64_t begin, int64_t end) {
   const int64_t N = w.N, K = w.K;
   vec scale[V], zero[V], out[P][V][M] = {};
   if (w.type == at::kChar) {
@@ -286,19 +288,20 @@ template <int M, int P>
     for (int m = 0; m < M; m++) {
       vec row[V];
       for (int v = 0; v < V; v++) row[v] = w.type == at::kChar ? out[p][v][m] * scale[v] : out[p][v][m];
-      store(row, y + m * N + first, N - first);
+      store(row, y + m * N, first, begin, end);
     }
   }
 }
 
-// Columns [begin, end) of y, begin a whole panel's. sums: of each group of each row of x, for int4.
+// Columns [begin, end) of y. Where they begin or end within a panel, all of it is computed. sums: of each group of each row of x, for int4.
 template <int M>
 static void quantized_rows(const float* x, const float* sums, const Matrix& w, float* y, int64_t begin, int64_t end) {
   constexpr int P = std::max(1, std::min(4, 2 * MOST / (V * M)));  // as many as there are registers for
-  int64_t n = begin;
-  for (; n + P * PANEL <= end; n += P * PANEL) panels<M, P>(x, sums, w, y, n);
-  for (; n + P / 2 * PANEL <= end && P > 3; n += P / 2 * PANEL) panels<M, std::max(1, P / 2)>(x, sums, w, y, n);
-  for (; n < end; n += PANEL) panels<M, 1>(x, sums, w, y, n);
+  constexpr int HALF = std::max(1, P / 2);
+  int64_t n = begin / PANEL * PANEL;
+  for (; n + P * PANEL <= end; n += P * PANEL) panels<M, P>(x, sums, w, y, n, begin, end);
+  for (; n + HALF * PANEL <= end; n += HALF * PANEL) panels<M, HALF>(x, sums, w, y, n, begin, end);
+  for (; n < end; n += PANEL) panels<M, 1>(x, sums, w, y, n, begin, end);
 }
 
 // The sum of each group of G of x (M, K): (M, K / G)

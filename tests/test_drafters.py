@@ -115,17 +115,16 @@ def test_the_first_drafter_of_a_process_has_an_int8_head(monkeypatch):
 
 
 def widen(linear):
-    """The weight (N, K) in float32 that a quantized Linear stands for, by the definition in formats.py."""
-    if linear.zero is None:
-        return linear.weight.float() * linear.scale[:, None]
-    columns = linear.weight.shape[1] * 2
-    out = torch.empty(len(linear.weight), columns)
-    for k in range(columns):
-        byte = linear.weight[:, k // 32 * 16 + k % 16].int()
-        q = (byte >> 4 if k % 32 >= 16 else byte & 15) - 8
-        g = k * linear.scale.shape[1] // columns
-        out[:, k] = q * linear.scale[:, g].float() + linear.zero[:, g].float()
-    return out
+    """The weight (N, K) in float32 that a quantized Linear stands for, by the definition of panels in formats.py."""
+    rows = []
+    for n in range(len(linear.scale)):
+        lanes = linear.weight[n // 16, :, n % 16]  # (K,), or (K / 8,) of eight columns each
+        if linear.zero is None:
+            rows.append(lanes.float() * linear.scale[n])
+            continue
+        q = torch.stack([(lanes >> 4 * i & 15 ^ 8) - 8 for i in range(8)], 1).view(linear.scale.shape[1], -1)
+        rows.append((q * linear.scale[n, :, None].float() + linear.zero[n, :, None].float()).flatten())
+    return torch.stack(rows)
 
 
 def test_bytes_and_ideal_speedup():

@@ -663,6 +663,8 @@ def test_command_line_reports_what_it_did(checkpoint, tmp_path):
         "mean_accepted",
         "memory_gb",
         "bandwidth_gb_per_s",
+        "rounds",
+        "draft_copy_bytes",
         "ideal_speedup",
         "compile_seconds",
         "settings",
@@ -674,6 +676,7 @@ def test_command_line_reports_what_it_did(checkpoint, tmp_path):
         "prefill_seconds",
         "decode_seconds",
         "tokens_per_second",
+        "rounds",
         "accept_counts",
     }
     assert (

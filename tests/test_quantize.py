@@ -21,6 +21,7 @@ from command import InputError
 from conftest import ROOT, call, make_hf_model, write_tokenizer
 from generate import Decoder, Sampling
 from kernels import cpu, cuda, formats
+from model import ModelConfig, Transformer
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +184,29 @@ def test_the_file_holds_what_the_format_says(quantized, checkpoint_path, mode):
         torch.testing.assert_close(
             model.logits(model(tokens[:, 30:34], pos)), plain.logits(plain(tokens[:, 30:34], pos)), atol=1e-4, rtol=1e-4
         )
+
+
+@pytest.mark.parametrize("width", [64, 40])
+def test_layers_whose_width_no_panel_divides(width):
+    """The gate's outputs end, and the other half's begin, within a panel of 16."""
+    torch.manual_seed(width)
+    shape = dict(vocab_size=50, dim=64, n_layer=2, n_head=4, n_kv_head=2, head_dim=16, intermediate_size=width)
+    plain = Transformer(ModelConfig(**shape, context=64)).requires_grad_(False)
+    model = Transformer(ModelConfig(**shape, context=64, quantization="int8")).requires_grad_(False)
+    for name, weight in plain.named_parameters():
+        own = model.get_parameter(name) if "norm" in name or "embed" in name else None
+        if own is not None:
+            own.copy_(weight)
+            continue
+        linear = model.get_submodule(name.removesuffix(".weight"))
+        linear.weight, linear.scale = formats.int8_rows(weight)
+        weight.copy_(linear.weight * linear.scale[:, None])
+    ids, pos = torch.randint(50, (1, 5)), torch.arange(5)
+    with torch.inference_mode():
+        for m in (model, plain):
+            m.setup_caches(20)
+        assert model.layers[0].ffn.w13.weight.dim() == 3
+        torch.testing.assert_close(model.logits(model(ids, pos)), plain.logits(plain(ids, pos)), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("compile", [False, True])
