@@ -251,12 +251,13 @@ class Decoder:
         for member in members:
             pieces = Round(model, member, sampling, self.token, self.pos)
             self.pieces[member] = pieces.step, pieces.verify
+            if member is self.drafter:
+                self.prefill = pieces.prefill
         if compile:  # the same functions again for each model, drafter and k
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
             compiled = partial(torch.compile, fullgraph=True, dynamic=False)
             for member, (step, verify) in self.pieces.items():
                 self.pieces[member] = compiled(step), compiled(verify)
-        self.prefill = Round(model, self.drafter, sampling, self.token, self.pos).prefill
         if compile_prefill:
             self.prefill = torch.compile(self.prefill, fullgraph=True, dynamic=True)
         self.random = self.make_generator(device, seed)

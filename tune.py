@@ -136,9 +136,8 @@ def predict(
     other cells' times are interpolated. A progress bar shows the timings.
     """
     rows = max(map(len, prompts)) + tokens + max(ks)
-    drafting = build(
-        exits[-1], max(timed_ks), rows
-    )  # with the largest caches first: all decoders are compiled for them
+    # With the largest caches first: all decoders are compiled for them.
+    drafting = build(exits[-1], max(timed_ks), rows)
     plain = build(None, 0, rows)
     texts, chances = [], []
     for prompt in tqdm(prompts, desc="decoding", disable=None):
@@ -225,6 +224,8 @@ def calibrate(
         for (e, length), (gain, _) in predicted.items():
             best = max(best, (gain, e, length, precision), key=itemgetter(0))
     gain, fastest, length, precision = best
+    if fastest is None:
+        return None, 1, "same", "the model's only layer leaves none to draft with"
     if gain <= 1:
         fastest = None
     return fastest, length, precision, f"calibrated, {gain:.2f}x of plain decoding expected"

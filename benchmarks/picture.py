@@ -25,9 +25,8 @@ def main() -> None:
     source, picture = map(Path, sys.argv[1:])
     table = json.loads(source.read_text())["table"]
     best = max(table[1:], key=lambda row: row["speedup"])
-    label = (
-        best.get("decoding") or f"self-speculative, E={best['exit_layer']} K={best['k']}"
-    )  # older lines have no name
+    # Lines of before 2026-11-26 have no name.
+    label = best.get("decoding") or f"self-speculative, E={best['exit_layer']} K={best['k']}"
     rows = {
         "plain": (table[0], "#8c959f"),
         label.replace(", ", "\n"): (best, "#0969da"),

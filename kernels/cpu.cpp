@@ -33,17 +33,14 @@ typedef float vec __attribute__((vector_size(W * 4), aligned(4)));
 typedef int32_t ivec __attribute__((vector_size(W * 4)));
 typedef uint16_t half_vec __attribute__((vector_size(W * 2), aligned(2)));
 typedef int8_t byte_vec __attribute__((vector_size(W), aligned(1)));
-typedef uint8_t ubyte_vec __attribute__((vector_size(W), aligned(1)));
 
 static inline vec load(const float* p) { return *(const vec*)p; }
 #if defined(__AVX512F__)  // GCC widens short vectors element by element unless told how
 static inline ivec widen(half_vec v) { return (ivec)_mm512_cvtepu16_epi32((__m256i)v); }
 static inline ivec widen(byte_vec v) { return (ivec)_mm512_cvtepi8_epi32((__m128i)v); }
-static inline ivec widen(ubyte_vec v) { return (ivec)_mm512_cvtepu8_epi32((__m128i)v); }
 #elif defined(__AVX2__)
 static inline ivec widen(half_vec v) { return (ivec)_mm256_cvtepu16_epi32((__m128i)v); }
 static inline ivec widen(byte_vec v) { return (ivec)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)v)); }
-static inline ivec widen(ubyte_vec v) { return (ivec)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)v)); }
 #else
 template <typename V>
 static inline ivec widen(V v) {
