@@ -313,7 +313,7 @@ class Block(nn.Module):
         self.native: Any = None  # see `bind`
 
     def bind(self) -> None:
-        """Tell the CPU's kernels, if they are there, of the weights and caches, so that they can run the whole layer."""
+        """Tell the CPU's kernels, if they are there, of the weights and caches: they can run the whole layer."""
         attention, ffn = self.attention, self.ffn
         self.native = None
         if attention.k_cache is None or not cpu.takes(attention.k_cache):
