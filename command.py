@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+MOST_THREADS = 1024
+
 
 class InputError(ValueError):
     """Something the user gave is wrong; the message is the one line to show them."""
@@ -27,6 +29,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main()`. Bad input ends in one line on stderr and exit code 1, Ctrl-C in 130, SIGTERM in 143."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that half-written files are removed
+    torch.set_num_threads(usable_threads())
     try:
         main()
     except InputError as error:
@@ -42,6 +45,46 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(f"error: the package {error.name} is missing: {how}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def quota(cgroups: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """How many cores' time this container may use, or None if nothing limits it or the system doesn't tell."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroups v2, v1
+        try:
+            text = " ".join((cgroups / name).read_text() for name in names)
+            allowed, period = map(float, text.split())
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+        if allowed > 0 and period > 0:
+            return allowed / period
+    return None
+
+
+def usable_threads() -> int:
+    """How many threads this process should compute with: PyTorch's number, which respects OMP_NUM_THREADS and the cores
+    that the process may run on, but no more than the container's quota.
+    """
+    threads = torch.get_num_threads()
+    allowed = quota()
+    return threads if allowed is None else max(1, min(threads, int(allowed)))
+
+
+def add_threads(add: Callable) -> None:
+    """add: `add_argument` of a parser."""
+    add(
+        "--threads",
+        type=int,
+        default=usable_threads(),
+        metavar="N",
+        help="threads to compute with on the CPU (default here: %(default)s)",
+    )
+
+
+def set_threads(threads: int) -> None:
+    """Raises InputError unless it is a number of threads."""
+    if not 1 <= threads <= MOST_THREADS:
+        raise InputError(f"--threads {threads}: must be 1 to {MOST_THREADS}")
+    torch.set_num_threads(threads)
 
 
 def free_memory(device: torch.device) -> int | None:

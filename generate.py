@@ -27,7 +27,7 @@ from torch import Tensor
 import kernels
 import tune
 from checkpoint import count_parameters, load_model
-from command import InputError, check_device, check_writable
+from command import InputError, add_threads, check_device, check_writable, set_threads
 from drafters import Drafter, check_length, make_drafter, weight_bytes
 from model import Transformer
 from tokenizer import Text, Tokenizer
@@ -253,8 +253,7 @@ class Decoder:
             self.pieces[member] = pieces.step, pieces.verify
             if member is self.drafter:
                 self.prefill = pieces.prefill
-        # The CPU's kernels run all layers as one operation, which leaves nothing to compile.
-        self.compiled = (compile or compile_prefill) and kernels.available(model.embed.weight) != "cpu"
+        self.compiled = (compile or compile_prefill) and kernels.can_compile(model.embed.weight)
         if compile and self.compiled:  # the same functions again for each model, drafter and k
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
             compiled = partial(torch.compile, fullgraph=True, dynamic=False)
@@ -904,7 +903,8 @@ def add_how_to_run(p: argparse.ArgumentParser) -> None:
         choices=["bfloat16", "float16", "float32"],
         help="of the weights (default: bfloat16 on CUDA, float32 on the CPU)",
     )
-    add("--compile", action="store_true", help="compile decoding")
+    add_threads(add)
+    add("--compile", action="store_true", help="compile decoding on a GPU; on the CPU its kernels are compiled already")
     add("--compile_prefill", action="store_true", help="compile the prompt's pass too")
     add(
         "--profile",
@@ -924,6 +924,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for add_group in (add_what_to_run, add_sampling, add_speculation, add_how_to_run):
         add_group(p)
     args = p.parse_args(argv)
+    set_threads(args.threads)
     args.self_speculative |= args.generation_strategy == "self_speculative"
     check_args(args)
     return args

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import kernels
 from checkpoint import dtype_name
 from command import InputError
 from model import Transformer
@@ -244,7 +245,8 @@ def key(model: Transformer, compile: bool, temperature: float) -> dict[str, Any]
         device = torch.cuda.get_device_name(weight.device)
     if model.shard:
         device = f"{model.shard.size} x {device}"
-    return dict(device=device, precision=dtype_name(weight.dtype), compile=compile, greedy=temperature == 0)
+    compiled = compile and kernels.can_compile(weight)
+    return dict(device=device, precision=dtype_name(weight.dtype), compile=compiled, greedy=temperature == 0)
 
 
 def tuned_path(checkpoint: str | Path) -> Path:

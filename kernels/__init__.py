@@ -26,6 +26,13 @@ def available(x: Tensor) -> str | None:
     return "cuda" if cuda.triton and x.device.type == "cuda" else None
 
 
+def can_compile(x: Tensor) -> bool:
+    """Whether torch.compile has anything to do for a model with weights like x. The CPU's kernels run all layers as one
+    operation, which leaves nothing.
+    """
+    return available(x) != "cpu"
+
+
 def backend(x: Tensor, rows: int) -> str | None:
     """Which kernels take `rows` rows like x now: "cpu", "cuda", or None for plain PyTorch."""
     return None if rows > MAX_ROWS or torch.is_grad_enabled() else available(x)

@@ -12,6 +12,8 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <exception>
 #include <optional>
@@ -81,28 +83,80 @@ static inline vec exponential(vec x) {
   return p * (vec)((__builtin_convertvector(n, ivec) + 127) << 23);
 }
 
-// A team of threads runs the same function; each takes its share of every step, and all meet before the next.
+// How many threads a team has: as many as PyTorch has, less those that other programs keep from running. All others wait
+// for a thread that has lost its core, for a time slice of some milliseconds in a step of microseconds; then fewer
+// threads are faster. So when that happens again and again the team does without one thread, for a while.
+struct TeamSize {
+  using Clock = std::chrono::steady_clock;
+  static constexpr auto LONG = std::chrono::microseconds(700);   // no step of a healthy team lets a thread wait so long
+  static constexpr int OFTEN = 3;                                // so many long waits ...
+  static constexpr auto WINDOW = std::chrono::milliseconds(50);  // ... within this time
+  static constexpr Clock::duration FIRST = std::chrono::milliseconds(20), LAST = std::chrono::seconds(2);
+
+  int threads() {
+    const int now = at::get_num_threads();
+    if (now != all - left_out) all = now, left_out = 0, pause = FIRST;  // the program has chosen another number
+    const auto since = Clock::now() - changed;
+    if (left_out && since > pause) set(left_out - 1);
+    else if (!left_out && since > 4 * pause) pause = FIRST;  // all is well again
+    return all - left_out;
+  }
+
+  void waited_long() {
+    const auto now = Clock::now();
+    if (now - first_wait > WINDOW) first_wait = now, waits = 0;
+    if (++waits < OFTEN || left_out == all - 1) return;
+    waits = 0;
+    set(left_out + 1);
+    pause = std::min(2 * pause, LAST);  // longer each time that it happens again
+  }
+
+ private:
+  // PyTorch's own operations get the same number: they would wait in the same way.
+  void set(int count) {
+    left_out = count;
+    changed = Clock::now();
+    at::set_num_threads(all - left_out);
+  }
+
+  int all = 0, left_out = 0, waits = 0;
+  Clock::duration pause = FIRST;
+  Clock::time_point changed, first_wait;
+};
+static thread_local TeamSize team_size;
+
+// One of a team of threads, which run the same function: each takes its share of every step, and all meet before the
+// next.
 struct Member {
   int64_t index, count;
+  std::atomic<bool>* slow;  // whether one has waited too long for another
+
   // This member's share [begin, end) of n items, in whole cache lines of floats.
   std::pair<int64_t, int64_t> share(int64_t n) const {
     int64_t lines = (n + 15) / 16;
     return {std::min(n, lines * index / count * 16), std::min(n, lines * (index + 1) / count * 16)};
   }
-  void meet() const {
+
+  // wait: whether what the others do takes long for a good reason.
+  void meet(bool wait = false) const {
+    if (count == 1) return;
+    const auto began = TeamSize::Clock::now();
 #ifdef _OPENMP
 #pragma omp barrier
 #endif
+    if (!wait && TeamSize::Clock::now() - began > TeamSize::LONG) *slow = true;
   }
 };
 
 template <typename F>
 static void team(F work) {
 #ifdef _OPENMP
-#pragma omp parallel num_threads(at::get_num_threads())
-  work(Member{omp_get_thread_num(), omp_get_num_threads()});
+  std::atomic<bool> slow = false;
+#pragma omp parallel num_threads(team_size.threads())
+  work(Member{omp_get_thread_num(), omp_get_num_threads(), &slow});
+  if (slow) team_size.waited_long();
 #else
-  work(Member{0, 1});
+  work(Member{0, 1, nullptr});
 #endif
 }
 
@@ -541,7 +595,7 @@ struct Pass {
     // exception may leave the team.
     auto add_others = [&](std::vector<float>& y, int64_t begin, int64_t end) {
       if (!group) return true;
-      me.meet();
+      me.meet(true);
       if (me.index == 0) try {  // the calling thread
           at::Tensor own = at::from_blob(y.data(), {M, D}, at::kFloat);
           gathered = collective("_c10d_functional::wait_tensor",
@@ -549,7 +603,7 @@ struct Pass {
         } catch (...) {
           failed = std::current_exception();
         }
-      me.meet();
+      me.meet(true);
       if (failed) return false;
       const float* part = gathered.const_data_ptr<float>();
       for (int64_t m = 0; m < M; m++)

@@ -31,7 +31,7 @@ import kernels
 import tasks
 from checkpoint import empty_model
 from command import InputError, check_writable, run_command
-from drafters import SelfDrafter, check_length
+from drafters import Drafter, SelfDrafter, check_length
 from generate import NGRAM_K, Decoder, acceptance, load, peak_memory_gb, total_counts, total_rounds
 from model import Linear, ModelConfig, RMSNorm, Transformer
 from tokenizer import Tokenizer
@@ -247,6 +247,7 @@ class SpoiltDrafter(SelfDrafter):
     """Drafts a wrong token in place of its own with probability 1 - acceptance. For greedy decoding."""
 
     acceptance = 1.0
+    draft = Drafter.draft  # by `step`
 
     def step(self, token: torch.Tensor, pos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden, logits = super().step(token, pos)
@@ -280,7 +281,7 @@ def pass_times(model: Transformer, rows: int, compile: bool, repeats: int = 9) -
     model.setup_caches(PASS_POSITION + rows)
     device = model.embed.weight.device
     step = full_pass
-    if compile:
+    if compile and kernels.can_compile(model.embed.weight):
         # Each number of rows is compiled for itself.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
         step = torch.compile(full_pass, fullgraph=True, dynamic=False)
@@ -482,7 +483,7 @@ def text_of(tokenizer: Tokenizer, prompt: list[int], ids: list[int], eos_ids: Co
 def print_heading(
     args: argparse.Namespace, work: Work, pass_bytes: int, bandwidth: float, pass_seconds: list[float]
 ) -> None:
-    mode = "compiled" if args.compile else "eager"
+    mode = "compiled" if args.compile and kernels.can_compile(work.model.embed.weight) else "eager"
     if args.plain_kernels:
         mode += ", plain kernels"
     print(
@@ -566,7 +567,7 @@ def write_json(
         read_bandwidth_gb_per_s=bandwidth / 1e9,
         torch=torch.__version__,
         python=platform.python_version(),
-        threads=torch.get_num_threads(),
+        threads=args.threads,
         machine=platform.machine(),
     )
     line = json.dumps(report)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from checkpoint import dtype_name
-from command import InputError, check_device, first_line
+from command import InputError, add_threads, check_device, first_line, set_threads
 from drafters import Drafter
 from generate import CHECKPOINTS, Decoder, Sampling
 from model import Transformer
@@ -317,7 +317,8 @@ def add_decoding_options(g: argparse._ArgumentGroup, ks: list[int], exits: str) 
         choices=["bfloat16", "float16", "float32"],
         help="of the weights; None means bfloat16 on CUDA and float32 on the CPU",
     )
-    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile decoding")
+    add_threads(g.add_argument)
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile decoding on a GPU")
 
 
 def default_device() -> str:
@@ -328,6 +329,7 @@ def default_device() -> str:
 def check(args: argparse.Namespace) -> None:
     """Raise InputError if a shared option has a value that doesn't work."""
     check_machine(args.device)
+    set_threads(args.threads)
     check_at_least(1, args, "num_prompts")
     check_at_least(2, args, "max_new_tokens")
     check_at_least(0, args, "n_shot")

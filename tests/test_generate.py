@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import command
 import generate
 import kernels
 import model as engine
@@ -390,6 +391,37 @@ def test_nothing_recompiles_over_two_hundred_rounds():
         for prompt in (PROMPT, PROMPT[:3]):
             list(decoder.generate(prompt, 600))
     assert sum(decoder.stats.accept_counts) >= 200
+
+
+@pytest.mark.parametrize(
+    "files,cores",
+    [
+        ({}, None),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "400000\n"}, None),
+    ],
+)
+def test_a_containers_quota(files, cores, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert command.quota(tmp_path) == cores
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_threads_are_no_more_than_the_quota_and_what_the_option_says(monkeypatch):
+    assert command.usable_threads() == 2
+    for allowed, threads in ((0.5, 1), (1.9, 1), (2, 2), (64, 2)):
+        monkeypatch.setattr(command, "quota", lambda allowed=allowed: allowed)
+        assert command.usable_threads() == threads
+    generate.parse_args(["--threads", "1"])
+    assert torch.get_num_threads() == 1
+    for wrong in ("0", "-1", "1025"):
+        with pytest.raises(InputError, match=f"--threads {wrong}: must be 1 to 1024"):
+            generate.parse_args(["--threads", wrong])
 
 
 # Distributions.
