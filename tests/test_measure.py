@@ -271,13 +271,14 @@ def test_sweep_goes_on_after_an_interrupt_and_auto_takes_what_it_stored(
         path, prompts, out, "--speculate_k", "1", "2", "--early_exit", "1"
     )  # of these cells (1, 1) is there already
     rows = list(csv.DictReader(Path(f"{out}.csv").read_text().splitlines()))
-    assert [(r["exit_layer"], r["k"]) for r in rows] == [("1", "1"), ("1", "3"), ("1", "2")] and (
-        tmp_path / "sweep.png"
-    ).read_bytes().startswith(PNG)
+    cells = [(r["draft_precision"], r["exit_layer"], r["k"]) for r in rows]
+    assert cells == [("same", "1", "1"), ("same", "1", "3"), ("same", "1", "2")]
+    assert (tmp_path / "sweep.png").read_bytes().startswith(PNG)
 
     settings = dict(tune.key(load_model(path), False, 0.0))
     entry = json.loads((tmp_path / "c" / "model.tune.json").read_text())
-    assert len(entry) == 1 and entry[0] == {**settings, "exit_layer": entry[0]["exit_layer"], "k": entry[0]["k"]}
+    chosen = {name: entry[0].pop(name) for name in ("exit_layer", "k", "draft_precision")}
+    assert entry == [settings] and chosen["draft_precision"] == "same"
     command = [
         "--checkpoint_path",
         str(path),
@@ -295,11 +296,12 @@ def test_sweep_goes_on_after_an_interrupt_and_auto_takes_what_it_stored(
         "--temperature",
         "0",
     ]
-    tune.store(path, settings, 2, 3)
+    tune.store(path, settings, 4, 3, "int8")
     capsys.readouterr()
     generate.main(command)
-    assert "auto: --early_exit 2 --speculate_k 3 (stored in" in capsys.readouterr().out
-    tune.store(path, settings, None, 1)
+    expected = "auto: --self_speculative --early_exit 4 --speculate_k 3 --draft_precision int8 (stored in"
+    assert expected in capsys.readouterr().out
+    tune.store(path, settings, None, 1, "same")
     generate.main(command)
     assert "auto: plain decoding, which no draft beats (stored in" in capsys.readouterr().out
     generate.main(command + ["--temperature", "0.5"])  # nothing is stored for sampling
@@ -309,24 +311,30 @@ def test_sweep_goes_on_after_an_interrupt_and_auto_takes_what_it_stored(
         generate.main(command)
 
 
+def builder(model):
+    """What `tune` builds decoders with."""
+
+    def build(precision, e, k, rows):
+        return Decoder(model, exit_layer=e, k=k, draft_precision=precision, rows=rows)
+
+    return build
+
+
 @pytest.mark.parametrize("room", [1, 2, 3])
 def test_auto_where_the_prompt_all_but_fills_the_context(checkpoint, room):
     model = load_model(checkpoint("llama2"))
 
-    def build(e, k, rows):
-        return Decoder(model, exit_layer=e, k=k, rows=rows) if e else Decoder(model, rows=rows)
-
     prompt = [5] * (model.config.context + 1 - room)
     if room < 3:
         with pytest.raises(InputError, match="leave no room to calibrate in"):
-            tune.calibrate({"same": build}, model, prompt)
+            tune.calibrate(builder(model), ["same"], model, prompt)
     else:
-        assert tune.calibrate({"same": build}, model, prompt)[1] >= 1
+        assert tune.calibrate(builder(model), ["same"], model, prompt)[1] >= 1
 
 
 @pytest.mark.parametrize(
     "seconds,expected",
-    [(lambda e, k: 0.5 + 0.1 * k * e, "--early_exit"), (lambda e, k: 50.0, "plain decoding, which no draft beats")],
+    [(lambda e, k: 0.5 + 0.1 * k * e, "--self_speculative"), (lambda e, k: 50.0, "plain decoding, which no draft beats")],
 )
 def test_auto_decodes_plainly_where_drafting_costs_too_much(checkpoint, monkeypatch, capsys, seconds, expected):
     monkeypatch.setattr(tune, "round_cost", lambda decoder, *rest: seconds(decoder.exit_layer, decoder.K))
@@ -350,16 +358,13 @@ def test_auto_decodes_plainly_where_drafting_costs_too_much(checkpoint, monkeypa
 
 def test_predict_finds_the_counts_of_every_cell_and_interpolates_the_cost(checkpoint, monkeypatch):
     model, tokens, prompts = load_model(checkpoint("llama3.2")), 24, [[5, 6, 7], [40, 41]]
-
-    def build(e, k, rows):
-        return Decoder(model, exit_layer=e, k=k, rows=rows) if e else Decoder(model, rows=rows)
-
+    build = builder(model)
     monkeypatch.setattr(
         tune, "round_cost", lambda decoder, *rest: 1 + 0.5 * decoder.K + 0.25 * decoder.exit_layer * decoder.K
     )
-    predicted = tune.predict(build, prompts, tokens, [1, 2, 3], [1, 2, 3, 4], [1, 4], repeats=1)
-    for (e, k), (gain, counts) in predicted.items():
-        decoder, found = build(e, k, 60), [0] * (k + 1)
+    predicted = tune.predict(build, prompts, tokens, {"same": [1, 2, 3]}, [1, 2, 3, 4], [1, 4], repeats=1)
+    for (precision, e, k), (gain, counts) in predicted.items():
+        decoder, found = build(precision, e, k, 60), [0] * (k + 1)
         for prompt in prompts:
             list(decoder.generate(prompt, tokens))
             found = [a + b for a, b in zip(found, decoder.stats.accept_counts, strict=False)]
