@@ -297,6 +297,7 @@ def make_drafter(
     ngram_k: the length of n-gram drafts, 0 for none. Raises InputError for options that exclude each other, or for an
     exit layer or a length out of range.
     """
+    # A round by n-grams or by the target's layers would leave the draft model without rows for its positions.
     if draft_model is not None and (exit_layer is not None or ngram_k):
         other = "n-gram drafts" if exit_layer is None else "self-speculation"
         raise InputError(f"{other} and a separate draft model exclude each other")
