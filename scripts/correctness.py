@@ -8,10 +8,9 @@ has the position and how far apart the two tokens' logits are, beside the error 
 it.
 
 Sampled (--temperature above 0): one pass of the whole model gives the distribution of each token. Each token is placed
-in its cumulative distribution, those that the draft favours most coming first (behind n-grams, whose drafts are not
-known any more, the least likely ones: a wrong draft is one of these). If the text has the model's
-distribution, these places are uniform between 0 and 1 and independent (Rosenblatt 1952), which a Kolmogorov-Smirnov
-test judges.
+in its cumulative distribution, those that the draft favours most coming first; with n-grams, whose drafts are not
+kept, the least likely ones, as wrong drafts are. If the text has the model's distribution, these places are uniform
+between 0 and 1 and independent (Rosenblatt 1952), which a Kolmogorov-Smirnov test judges.
 
 Writes FILE.jsonl and FILE.csv, a row for each way to draft. An interrupted check goes on where it was.
 The exit code is 1 if the check fails.
@@ -63,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         ways[tasks.describe(build(**way))] = functools.partial(build, **way)
     without = ("early_exit", "speculate_k", "draft_precision", "draft", "ngram_k", "out")
     results = tasks.Results(args.out, tasks.measured_with(args, *without))
-    known = {row["decoding"] for row in results.rows}
+    known = results.by("decoding")
     missing = [way for name, way in ways.items() if name not in known]
     if missing and args.temperature > 0:
         check_sampled(args, prompts, missing, results)

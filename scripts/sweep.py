@@ -118,7 +118,7 @@ def measure_missing(
     results: tasks.Results,
 ) -> dict[Cell, tasks.Row]:
     """{cell: row} of all results, after measuring those of the cells that were not there."""
-    rows = {(row["draft_precision"], row["exit_layer"], row["k"]): row for row in results.rows}
+    rows = results.by("draft_precision", "exit_layer", "k")
     missing = [cell for cell in cells if cell not in rows]
     for cell in tqdm(missing, desc="measuring", disable=None):
         measured = measure(plain, build(*cell), prompts, args.max_new_tokens, args.repeats)

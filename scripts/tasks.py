@@ -12,6 +12,7 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -552,6 +553,16 @@ class Results:
         except (OSError, ValueError) as error:
             raise InputError(
                 f"--out {self.out}: {path} is not a file of results ({error}); delete it or name another"
+            ) from None
+
+    def by(self, *columns: str) -> dict[Any, Row]:
+        """{values in these columns: row}. Raises InputError if a row lacks one of them."""
+        try:
+            return {itemgetter(*columns)(row): row for row in self.rows}
+        except KeyError as error:
+            raise InputError(
+                f"--out {self.out}: {self.path} has no column {error}, so another version wrote it; "
+                "name another file, or delete this one"
             ) from None
 
     def add(self, row: Row) -> None:
