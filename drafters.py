@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import kernels
 from command import InputError
 from kernels import cpu
-from model import Transformer
+from model import Linear, Transformer, natives
 
 LONGEST_PAUSE = 31  # rounds that n-gram drafts stay away while they are wrong
 SMALLER: dict[str | None, list[str]] = {None: ["int8", "int4"], "int8": ["int4"], "int4": []}  # what can be rounded to
@@ -116,7 +116,7 @@ class ModelDrafter(Drafter):
         self.layers: Any = draft.layers  # those that draft
         self.models = [target] if draft is target else [target, draft]
         self.vocab_size = min(target.config.vocab_size, draft.config.vocab_size)
-        self.head: nn.Module = draft.head
+        self.head: Linear = draft.head
         if head == "int8" and can_round_head(draft):
             self.head = draft.rounded_head
 
@@ -130,8 +130,19 @@ class ModelDrafter(Drafter):
         self.model(self.known(prompt), pos)
 
     def step(self, token: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.model.run(self.layers, self.model.embed(self.known(token)), pos)
+        hidden = self.model.run(self.layers, self.known(token), pos)
         return hidden, self.logits(hidden[:, -1])
+
+    def draft(self, step: Step, token: Tensor, pos: Tensor, u: Tensor | None) -> tuple[Tensor, list, list]:
+        """The most likely tokens are drafted in one operation of the CPU's kernels, where these are there."""
+        model, head = self.model, self.head
+        if u is not None or model.shard or kernels.backend(model.embed.weight, 1) != "cpu":
+            return super().draft(step, token, pos, u)
+        drafted, states = torch.ops.layerskip.draft(
+            self.known(token), pos, self.k, model.inv_freq, model.embed.weight, natives(self.layers),
+            model.norm.weight, head.weight, head.scale, head.zero, self.vocab_size, model.config.norm_eps,
+        )  # fmt: skip
+        return torch.cat((token, drafted), dim=1), [states], []
 
     def logits(self, h: Tensor) -> Tensor:
         """What drafts are chosen from: logits (..., V) for hidden states h (..., D)."""
@@ -347,8 +358,7 @@ def can_round_head(model: Transformer) -> bool:
     weight = model.head.weight
     if weight.device.type == "cpu":
         cpu.prepare()
-    with torch.no_grad():
-        return kernels.backend(weight, 1) is not None
+    return kernels.available(weight) is not None
 
 
 def weight_bytes(*modules: nn.Module) -> int:

@@ -253,12 +253,14 @@ class Decoder:
             self.pieces[member] = pieces.step, pieces.verify
             if member is self.drafter:
                 self.prefill = pieces.prefill
-        if compile:  # the same functions again for each model, drafter and k
+        # The CPU's kernels run all layers as one operation, which leaves nothing to compile.
+        self.compiled = (compile or compile_prefill) and kernels.available(model.embed.weight) != "cpu"
+        if compile and self.compiled:  # the same functions again for each model, drafter and k
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
             compiled = partial(torch.compile, fullgraph=True, dynamic=False)
             for member, (step, verify) in self.pieces.items():
                 self.pieces[member] = compiled(step), compiled(verify)
-        if compile_prefill:
+        if compile_prefill and self.compiled:
             self.prefill = torch.compile(self.prefill, fullgraph=True, dynamic=True)
         self.random = self.make_generator(device, seed)
         self.stats = Stats(0, {})  # of the last generation
@@ -1061,6 +1063,8 @@ def introduce(path: Path, decoder: Decoder, prompt: list[int], args: argparse.Na
                 "note: there are no kernels for quantized weights here: they are widened for every token, "
                 "which is slower than float weights"
             )
+    if (args.compile or args.compile_prefill) and not decoder.compiled:
+        print("note: --compile changes nothing on the CPU: its kernels are compiled already")
     room = decoder.rows - len(prompt) + 1
     if 0 < room < args.max_new_tokens and not args.interactive:
         print(f"note: the context of {decoder.context} positions leaves room for {room} new tokens")
@@ -1068,7 +1072,7 @@ def introduce(path: Path, decoder: Decoder, prompt: list[int], args: argparse.Na
 
 def warm_up(decoder: Decoder, prompt: list[int], args: argparse.Namespace) -> float:
     """Compile what is to be compiled by decoding a little; returns the seconds it took."""
-    if not args.compile and not args.compile_prefill:
+    if not decoder.compiled:
         return 0.0
     began = time.perf_counter()
     for _ in decoder.generate(prompt, 3 * (decoder.K + 1)):

@@ -168,6 +168,11 @@ class Linear(nn.Module):
             self.zero = torch.empty_like(self.scale)
 
     @property
+    def outputs(self) -> int:
+        """Rows that are here."""
+        return sum(end - begin for begin, end in self.rows)
+
+    @property
     def unit(self) -> int:
         """Columns that can't be parted: int4's groups."""
         return 1 if self.zero is None else self.inputs // self.zero.shape[1]
@@ -199,11 +204,11 @@ class Linear(nn.Module):
 
     def rounded(self, quantization: str) -> "Linear":
         """A copy whose weights are rounded to int8, or to int4 in groups of 64 (or 32, where 64 doesn't divide K)."""
-        twin = Linear(self.inputs, 0, "int8")
+        twin = Linear(self.inputs, self.outputs, "int8")
         twin.combine = self.combine
         weight = self.weight
         if self.scale is not None:
-            weight = formats.dequantize(weight, self.scale, self.zero, torch.float32)
+            weight = formats.dequantize(weight, self.scale, self.zero, torch.float32)[: self.outputs]
         groupsize = 32 if weight.shape[1] % 64 else 64
         twin.weight, twin.scale, twin.zero = formats.round_weight(weight, quantization, groupsize)
         twin.arrange()
@@ -216,7 +221,8 @@ class Linear(nn.Module):
         self.weight, self.scale, self.zero = formats.panels(self.weight, self.scale, self.zero, in_place=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.combine(kernels.linear(x, self.weight, self.scale, self.zero))
+        y = kernels.linear(x, self.weight, self.scale, self.zero)
+        return self.combine(y[..., : self.outputs])  # panels may have more
 
 
 def rounded(module: nn.Module, quantization: str) -> Any:
@@ -305,27 +311,33 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.ffn_norm: Any = RMSNorm(config.dim, config.norm_eps)
         self.ffn = FeedForward(config)
+        self.native: Any = None  # see `bind`
+
+    def bind(self) -> None:
+        """Tell the CPU's kernels, if they are there, of the weights and caches: they can run the whole layer."""
+        attention, ffn = self.attention, self.ffn
+        self.native = None
+        if attention.k_cache is None or not cpu.takes(attention.k_cache):
+            return
+        matrices = [attention.wqkv, attention.wo, ffn.w13, ffn.w2]
+        self.native = torch.classes.layerskip.Layer(
+            self.attention_norm.weight,
+            self.ffn_norm.weight,
+            attention.k_cache,
+            attention.v_cache,
+            [matrix.weight for matrix in matrices],
+            [matrix.scale for matrix in matrices],
+            [matrix.zero for matrix in matrices],
+        )
 
     def forward(self, x: Tensor, pos: Tensor, rope: tuple[Tensor, Tensor], cached: bool) -> Tensor:
         x = x + self.attention(self.attention_norm(x), pos, rope, cached)
         return x + self.ffn(self.ffn_norm(x))
 
 
-def run_layers(layers: Any, x: Tensor, pos: Tensor, rope: tuple[Tensor, Tensor], shard: Any) -> Tensor:
-    """The same as calling the layers one after the other, as one operation of the CPU's kernels."""
-    norms, matrices, k_caches, v_caches = [], [], [], []
-    for layer in layers:
-        attention, ffn = layer.attention, layer.ffn
-        norms += [layer.attention_norm.weight, layer.ffn_norm.weight]
-        matrices += [attention.wqkv, attention.wo, ffn.w13, ffn.w2]
-        k_caches.append(attention.k_cache)
-        v_caches.append(attention.v_cache)
-    weights = [matrix.weight for matrix in matrices]
-    scales = [matrix.scale for matrix in matrices]
-    zeros = [matrix.zero for matrix in matrices]
-    group = (shard.group, shard.size) if shard else ()
-    eps = layers[0].attention_norm.eps
-    return torch.ops.layerskip.layers(x, pos, *rope, norms, weights, scales, zeros, k_caches, v_caches, eps, *group)
+def natives(layers: Any) -> list[Any]:
+    """The layers as the CPU's kernels take them, see `Block.bind`."""
+    return [layer.native for layer in layers]
 
 
 class Transformer(nn.Module):
@@ -346,7 +358,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config  # of the whole model
         self.shard: Any = None  # the tp.Shard whose part of it this is
-        self.copies: dict[str, list[Any]] = {}  # {precision: what `rounded_layers` has made}
+        self.copies: dict[str, list[Any]] = {"int8": [], "int4": []}  # what `rounded_layers` has made
         self.cached_ids: list[int] = []  # of the text whose rows the caches hold, as far as a Decoder knows
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -367,7 +379,7 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def rounded_layers(self, count: int, quantization: str) -> list[Any]:
         """Copies of the first `count` layers, see `rounded`; made once and kept."""
-        made = self.copies.setdefault(quantization, [])
+        made = self.copies[quantization]
         numbers = 0
         for layer in self.layers[len(made) : count]:
             numbers += sum(linear.weight.numel() for linear in layer.modules() if isinstance(linear, Linear))
@@ -375,6 +387,8 @@ class Transformer(nn.Module):
         check_memory(nbytes, self.embed.weight.device, f"a copy of the layers in {quantization}")
         new = [rounded(layer, quantization) for layer in self.layers[len(made) : count]]
         into_one_block(new)
+        for layer in new:
+            layer.bind()
         made += new
         return made[:count]
 
@@ -395,8 +409,12 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.arrange()
-        if cache is not None and cache.shape[0] == batch and cache.shape[2] >= rows:
-            return
+        if cache is None or cache.shape[0] != batch or cache.shape[2] < rows:
+            self.allocate_caches(rows, batch)
+        self.bind()
+
+    def allocate_caches(self, rows: int, batch: int) -> None:
+        weight, attention = self.embed.weight, self.layers[0].attention
         shape = (batch, attention.kv_heads, rows, attention.head_dim)
         self.cached_ids = []
         check_memory(
@@ -415,6 +433,11 @@ class Transformer(nn.Module):
         self.cached_ids = []
         for layer in self.layers:
             layer.attention.k_cache = layer.attention.v_cache = None
+        self.bind()
+
+    def bind(self) -> None:
+        for layer in (*self.layers, *self.copies["int8"], *self.copies["int4"]):
+            layer.bind()
 
     def positions(self, T: int, pos: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor], bool]:
         """What every layer needs to know of them: (pos (T,), (cos, sin) each (T, 1, C/2), whether to attend to the
@@ -432,15 +455,20 @@ class Transformer(nn.Module):
         training, scoring), which attends to itself and needs no caches, but fills them where there are any.
         Returns the hidden states (B, T, D) after layer stop - 1.
         """
-        if start == 0:
-            x = self.embed(x)
-        return self.run(self.layers[start:stop], x, pos)
+        return self.run(list(self.layers)[start:stop], x, pos)
 
     def run(self, layers: Any, x: Tensor, pos: Tensor | None) -> Tensor:
-        """Run these layers, the model's own or copies of them, on hidden states x (B, T, D), as `forward` does."""
+        """Run these layers, the model's own or copies of them, on token ids (B, T) or hidden states (B, T, D) x, as
+        `forward` does.
+        """
+        if pos is not None and kernels.backend(self.embed.weight, x.shape[0] * x.shape[1]) == "cpu":
+            group = (self.shard.group, self.shard.size) if self.shard else ()
+            return torch.ops.layerskip.layers(
+                x, pos, self.inv_freq, self.embed.weight, natives(layers), self.config.norm_eps, *group
+            )
         pos, rope, cached = self.positions(x.shape[1], pos)
-        if cached and kernels.backend(x, x.shape[0] * x.shape[1]) == "cpu":
-            return run_layers(layers, x, pos, rope, self.shard)
+        if not x.is_floating_point():
+            x = self.embed(x)
         for layer in layers:
             x = layer(x, pos, rope, cached)
         return x

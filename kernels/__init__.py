@@ -17,13 +17,18 @@ from kernels.formats import dequantize
 enabled = True  # False: plain PyTorch everywhere, to compare with
 
 
-def backend(x: Tensor, rows: int) -> str | None:
-    """Which kernels take `rows` rows of x's device and dtype: "cpu", "cuda", or None for plain PyTorch."""
-    if not enabled or rows > MAX_ROWS or torch.is_grad_enabled():
+def available(x: Tensor) -> str | None:
+    """Which kernels there are for x's device and dtype: "cpu", "cuda", or None."""
+    if not enabled:
         return None
-    if cpu.ready and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+    if cpu.takes(x):
         return "cpu"
     return "cuda" if cuda.triton and x.device.type == "cuda" else None
+
+
+def backend(x: Tensor, rows: int) -> str | None:
+    """Which kernels take `rows` rows like x now: "cpu", "cuda", or None for plain PyTorch."""
+    return None if rows > MAX_ROWS or torch.is_grad_enabled() else available(x)
 
 
 def linear(x: Tensor, w: Tensor, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:

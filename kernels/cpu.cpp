@@ -9,6 +9,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
+#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -109,12 +110,11 @@ constexpr int MOST = W == 16 ? 8 : 6;  // rows of x that the registers have room
 constexpr int PANEL = 16;              // outputs of a quantized weight that lie side by side
 
 // A weight (N, K): float32 or bfloat16, row after row; or int8 or int4 in panels of 16 outputs, see formats.py. int8 has
-// a float32 scale for each output. int4 has a bfloat16 scale and zero for each group of G columns of an output; those of
-// all outputs follow each other, group after group.
+// a float32 scale for each output, int4 a bfloat16 scale and zero for each group of G columns of an output.
 struct Matrix {
   const void *data, *scale = nullptr, *zero = nullptr;
   at::ScalarType type;
-  int64_t N, K, G = 0;
+  int64_t N, K, G = 0;  // in panels, N is rounded up to whole ones
 
   Matrix(const at::Tensor& w, const std::optional<at::Tensor>& s, const std::optional<at::Tensor>& z)
       : data(w.const_data_ptr()), type(w.scalar_type()), N(w.size(0)), K(w.size(1)) {
@@ -123,18 +123,25 @@ struct Matrix {
     else if (s) wanted = at::kChar;
     TORCH_CHECK(w.dim() == (s ? 3 : 2) && w.is_contiguous() && type == wanted);
     if (!s) return;
-    N = s->size(0);
+    const int64_t panels = N, groups = s->size(1);
+    N *= PANEL;
     scale = s->const_data_ptr();
-    TORCH_CHECK(w.size(0) == (N + PANEL - 1) / PANEL && w.size(2) == PANEL && s->stride(0) == 1 &&
+    TORCH_CHECK(w.size(2) == PANEL && s->is_contiguous() && s->sizes() == at::IntArrayRef({panels, groups, PANEL}) &&
                 s->scalar_type() == (z ? at::kBFloat16 : at::kFloat));
     if (!z) return;
     K *= 8;
-    G = K / z->size(1);
+    G = K / groups;
     zero = z->const_data_ptr();
-    for (const at::Tensor* t : {&*s, &*z})
-      TORCH_CHECK(t->sizes() == s->sizes() && t->stride(0) == 1 && (t->size(1) == 1 || t->stride(1) == N) &&
-                  t->scalar_type() == at::kBFloat16);
-    TORCH_CHECK(G % 8 == 0 && G * z->size(1) == K);
+    TORCH_CHECK(z->is_contiguous() && z->sizes() == s->sizes() && z->scalar_type() == at::kBFloat16);
+    TORCH_CHECK(G % 8 == 0 && G * groups == K);
+  }
+
+  // Only the first n outputs: the others of the last panel are there to fill it.
+  Matrix first(int64_t n) const {
+    TORCH_CHECK(n == N || (scale && n < N && n > N - PANEL));
+    Matrix part = *this;
+    part.N = n;
+    return part;
   }
 };
 
@@ -249,20 +256,12 @@ static inline void store(const vec* out, float* y, int64_t first, int64_t begin,
   }
 }
 
-// The first values of p for a panel's outputs, of which only `width` may be there.
-template <typename T>
-static inline void load_panel(const T* p, int64_t width, vec* out) {
-  T padded[PANEL] = {};
-  if (width < PANEL) p = std::copy(p, p + width, padded) - width;
-  for (int v = 0; v < V; v++) out[v] = load(p + v * W);
-}
-
 // P panels from output n on, of which the outputs [begin, end) are wanted.
 template <int M, int P>
 [[gnu::noinline]] static void panels(const float* x, const float* sums, const Matrix& w, float* y, int64_t n,
                                      int64_t begin, int64_t end) {
   const int64_t N = w.N, K = w.K;
-  vec scale[V], zero[V], out[P][V][M] = {};
+  vec out[P][V][M] = {};
   if (w.type == at::kChar) {
     add_panels<M, P, Int8Panel>(x, K, (const int8_t*)w.data + n * K, PANEL * K, 0, K, out);
   } else {
@@ -271,20 +270,23 @@ template <int M, int P>
       vec acc[P][V][M] = {};
       add_panels<M, P, Int4Panel>(x, K, (const int32_t*)w.data + n * K / 8, PANEL * K / 8, g * w.G, (g + 1) * w.G, acc);
       for (int p = 0; p < P; p++) {
-        int64_t first = n + p * PANEL;
-        load_panel((const c10::BFloat16*)w.scale + g * N + first, N - first, scale);
-        load_panel((const c10::BFloat16*)w.zero + g * N + first, N - first, zero);
-        for (int v = 0; v < V; v++)
-          for (int m = 0; m < M; m++) out[p][v][m] += acc[p][v][m] * scale[v] + zero[v] * sums[m * groups + g];
+        const int64_t at = ((n / PANEL + p) * groups + g) * PANEL;
+        for (int v = 0; v < V; v++) {
+          vec scale = load((const c10::BFloat16*)w.scale + at + v * W);
+          vec zero = load((const c10::BFloat16*)w.zero + at + v * W);
+          for (int m = 0; m < M; m++) out[p][v][m] += acc[p][v][m] * scale + zero * sums[m * groups + g];
+        }
       }
     }
   }
   for (int p = 0; p < P; p++) {
-    int64_t first = n + p * PANEL;
-    if (w.type == at::kChar) load_panel((const float*)w.scale + first, N - first, scale);
+    const int64_t first = n + p * PANEL;
     for (int m = 0; m < M; m++) {
       vec row[V];
-      for (int v = 0; v < V; v++) row[v] = w.type == at::kChar ? out[p][v][m] * scale[v] : out[p][v][m];
+      for (int v = 0; v < V; v++) {
+        row[v] = out[p][v][m];
+        if (w.type == at::kChar) row[v] *= load((const float*)w.scale + first + v * W);
+      }
       store(row, y + m * N, first, begin, end);
     }
   }
@@ -416,6 +418,42 @@ static void attend(const float* q, const T* k, const T* v, float* y, int64_t las
 
 using MaybeTensors = c10::List<std::optional<at::Tensor>>;
 
+// A layer of a model as Block in model.py has it: two norms (D), the matrices qkv, out, gate_up and down, see Matrix,
+// and caches (B, G, S, C). With a group of processes, this process's part of it.
+struct Layer : torch::CustomClassHolder {
+  const at::Tensor norm1, norm2, k, v;
+  const std::vector<at::Tensor> weights;
+  const MaybeTensors scales, zeros;
+  const int64_t D, H, G, C, F;
+  const Matrix qkv, out, gate_up, down;
+
+  Layer(at::Tensor norm1, at::Tensor norm2, at::Tensor k, at::Tensor v, std::vector<at::Tensor> weights,
+        MaybeTensors scales, MaybeTensors zeros)
+      : norm1(norm1),
+        norm2(norm2),
+        k(k),
+        v(v),
+        weights(weights),
+        scales(scales),
+        zeros(zeros),
+        D(norm1.numel()),
+        H(matrix(1).K / k.size(3)),
+        G(k.size(1)),
+        C(k.size(3)),
+        F(matrix(3).K),
+        qkv(matrix(0).first((H + 2 * G) * C)),
+        out(matrix(1).first(D)),
+        gate_up(matrix(2).first(2 * F)),
+        down(matrix(3).first(D)) {
+    TORCH_CHECK(k.is_contiguous() && v.is_contiguous() && v.sizes() == k.sizes() && C <= 512);
+    TORCH_CHECK(norm2.numel() == D && qkv.K == D && out.K == H * C && gate_up.K == D);
+    for (const at::Tensor& t : {norm1, norm2, v}) TORCH_CHECK(t.scalar_type() == k.scalar_type());
+  }
+
+  Matrix matrix(int i) const { return Matrix(weights.at(i), scales[i], zeros[i]); }
+};
+using LayerList = std::vector<c10::intrusive_ptr<Layer>>;
+
 // One of PyTorch's functional collectives; its group of processes goes by name.
 template <typename... Args>
 static at::Tensor collective(const char* name, const Args&... args) {
@@ -424,28 +462,74 @@ static at::Tensor collective(const char* name, const Args&... args) {
   return stack[0].toTensor();
 }
 
-// The layers of a model, one after the other, as Block in model.py has them. With a group of processes, of which each
-// has a part of every layer, the parts' outputs are added in the order of the ranks, so that all processes have the
-// same sum.
+// One pass over the layers of a model, one after the other, for L tokens in each of B sequences. With a group of
+// processes, of which each has a part of every layer, the parts' outputs are added in the order of the ranks, so that all
+// processes have the same sum.
 template <typename T>
-struct Layers {
-  struct Layer {
-    const T *norm1, *norm2;
-    Matrix qkv, out, gate_up, down;
-    T *k, *v;  // caches (B, G, S, C)
-  };
-  std::vector<Layer> layers;
-  int64_t B, L, M, D, H, G, C, F, S;  // L tokens in each of B sequences, M = B * L
-  const int64_t* pos;                 // (L)
-  const float *cos, *sin;             // (L, C/2)
-  float eps;
-  std::optional<std::string> group;
-  int64_t processes;
+struct Pass {
+  const LayerList& layers;
+  const int64_t B, L, M, D, H, G, C, F, S;  // M = B * L
+  const float eps;
+  const std::optional<std::string> group;
+  const int64_t processes;
   at::Tensor gathered;  // (processes, M, D)
   std::exception_ptr failed;
-  // (M, D), (M, (H + 2G) C), (M, H C), (M, 2F), (M, F)
-  std::vector<float> x, qkv, mixed, hidden, act;
+  std::vector<int64_t> pos;                    // (L)
+  std::vector<float> cos, sin;                 // (L, C/2)
+  std::vector<float> x;                        // (M, D)
+  std::vector<float> qkv, mixed, hidden, act;  // (M, (H + 2G) C), (M, H C), (M, 2F), (M, F)
 
+  Pass(const LayerList& layers, int64_t B, int64_t L, double eps, std::optional<std::string> group, int64_t processes)
+      : layers(layers),
+        B(B),
+        L(L),
+        M(B * L),
+        D(first().D),
+        H(first().H),
+        G(first().G),
+        C(first().C),
+        F(first().F),
+        S(first().k.size(2)),
+        eps(eps),
+        group(group),
+        processes(processes),
+        pos(L),
+        cos(L * C / 2),
+        sin(L * C / 2),
+        x(M * D),
+        qkv(M * std::max((H + 2 * G) * C, D)),
+        mixed(M * H * C),
+        hidden(M * std::max(2 * F, D)),
+        act(M * F) {
+    for (const auto& l : layers)
+      TORCH_CHECK(l->D == D && l->H == H && l->F == F && l->k.sizes() == first().k.sizes() && l->k.size(0) == B &&
+                  l->k.scalar_type() == c10::CppTypeToScalarType<T>());
+  }
+
+  const Layer& first() const { return *layers.at(0); }
+
+  // The positions (L) of the tokens, and by how much RoPE turns there.
+  void place(const int64_t* positions, const at::Tensor& inv_freq) {
+    const float* freq = inv_freq.const_data_ptr<float>();
+    for (int64_t t = 0; t < L; t++) {
+      pos[t] = positions[t];
+      for (int64_t i = 0; i < C / 2; i++) {
+        const float angle = (float)pos[t] * freq[i];
+        cos[t * C / 2 + i] = std::cos(angle);
+        sin[t * C / 2 + i] = std::sin(angle);
+      }
+    }
+  }
+
+  // x becomes the rows of the table (V, D) that ids (M) name.
+  void embed(const int64_t* ids, const at::Tensor& table) {
+    for (int64_t m = 0; m < M; m++) {
+      const T* row = table.const_data_ptr<T>() + ids[m] * D;
+      std::copy(row, row + D, &x[m * D]);
+    }
+  }
+
+  // A member's part in the pass: x after the layers, whose keys and values go into the caches.
   void run(Member me) {
     std::vector<float> normed(M * D), score(pos[L - 1] + 1 + W);
     // Adds y's columns [begin, end) to x, in the precision that hidden states have between layers.
@@ -475,10 +559,15 @@ struct Layers {
         }
       return true;
     };
+    auto normalize_rows = [&](const at::Tensor& w) {
+      for (int64_t m = 0; m < M; m++) normalize(&x[m * D], w.const_data_ptr<T>(), &normed[m * D], D, eps);
+    };
     auto [d_begin, d_end] = me.share(D);
     auto [f_begin, f_end] = me.share(F);
-    for (auto& layer : layers) {
-      for (int64_t m = 0; m < M; m++) normalize(&x[m * D], layer.norm1, &normed[m * D], D, eps);
+    for (const auto& own : layers) {
+      const Layer& layer = *own;
+      T *k = layer.k.template mutable_data_ptr<T>(), *v = layer.v.template mutable_data_ptr<T>();
+      normalize_rows(layer.norm1);
       auto [begin, end] = me.share(layer.qkv.N);
       product(normed.data(), M, layer.qkv, qkv.data(), begin, end);
       me.meet();
@@ -486,24 +575,23 @@ struct Layers {
       for (int64_t i = me.index; i < M * (H + G); i += me.count) {
         int64_t m = i / (H + G), head = i % (H + G), b = m / L, t = m % L;
         float* row = &qkv[(m * (H + 2 * G) + head) * C];
-        rotate(row, cos + t * C / 2, sin + t * C / 2, C);
+        rotate(row, &cos[t * C / 2], &sin[t * C / 2], C);
         if (head < H) continue;
         int64_t cache = ((b * G + head - H) * S + pos[t]) * C;
-        for (int64_t c = 0; c < C; c++) layer.k[cache + c] = (T)row[c], layer.v[cache + c] = (T)row[G * C + c];
+        for (int64_t c = 0; c < C; c++) k[cache + c] = (T)row[c], v[cache + c] = (T)row[G * C + c];
       }
       me.meet();
       // i counts (b, h, t), so that neighbours share keys.
       for (int64_t i = M * H * me.index / me.count; i < M * H * (me.index + 1) / me.count; i++) {
         int64_t t = i % L, h = i / L % H, b = i / L / H, m = b * L + t, cache = (b * G + h / (H / G)) * S * C;
-        attend(&qkv[(m * (H + 2 * G) + h) * C], layer.k + cache, layer.v + cache, &mixed[(m * H + h) * C], pos[t], C,
-               score.data());
+        attend(&qkv[(m * (H + 2 * G) + h) * C], k + cache, v + cache, &mixed[(m * H + h) * C], pos[t], C, score.data());
       }
       me.meet();
       product(mixed.data(), M, layer.out, hidden.data(), d_begin, d_end);
       if (!add_others(hidden, d_begin, d_end)) return;
       add(hidden, d_begin, d_end);
       me.meet();
-      for (int64_t m = 0; m < M; m++) normalize(&x[m * D], layer.norm2, &normed[m * D], D, eps);
+      normalize_rows(layer.norm2);
       product(normed.data(), M, layer.gate_up, hidden.data(), f_begin, f_end);
       product(normed.data(), M, layer.gate_up, hidden.data(), F + f_begin, F + f_end);
       for (int64_t m = 0; m < M; m++)
@@ -517,55 +605,92 @@ struct Layers {
   }
 };
 
-// x (B, L, D) at positions pos (L), cos and sin (L, 1, C/2) -> x after the layers, whose keys and values go into the
-// caches. Each layer has two norms (D) and the matrices qkv, out, gate_up, down, see Matrix; with a group, this
-// process's part of them.
+// x, ids (B, L) of rows of the embedding (V, D) or hidden states (B, L, D), at positions pos (L) -> hidden states
+// (B, L, D) after the layers. inv_freq (C/2): RoPE's turn from one position to the next.
 template <typename T>
-static at::Tensor run_layers(const at::Tensor& x, const at::Tensor& pos, const at::Tensor& cos, const at::Tensor& sin,
-                             at::TensorList norms, at::TensorList weights, const MaybeTensors& scales,
-                             const MaybeTensors& zeros, at::TensorList k_caches, at::TensorList v_caches, double eps,
+static at::Tensor run_layers(const at::Tensor& x, const at::Tensor& pos, const at::Tensor& inv_freq,
+                             const at::Tensor& embedding, const LayerList& layers, double eps,
                              std::optional<std::string> group, int64_t processes) {
-  Layers<T> s;
-  const at::Tensor& cache = k_caches[0];
-  s.B = x.size(0), s.L = x.size(1), s.M = s.B * s.L, s.D = x.size(2);
-  s.G = cache.size(1), s.S = cache.size(2), s.C = cache.size(3);
-  for (size_t i = 0; i < k_caches.size(); i++) {
-    auto matrix = [&](int j) { return Matrix(weights[4 * i + j], scales[4 * i + j], zeros[4 * i + j]); };
-    TORCH_CHECK(k_caches[i].is_contiguous() && v_caches[i].is_contiguous() && k_caches[i].sizes() == cache.sizes() &&
-                v_caches[i].sizes() == cache.sizes());
-    s.layers.push_back({norms[2 * i].const_data_ptr<T>(), norms[2 * i + 1].const_data_ptr<T>(), matrix(0), matrix(1),
-                        matrix(2), matrix(3), k_caches[i].mutable_data_ptr<T>(), v_caches[i].mutable_data_ptr<T>()});
+  Pass<T> pass(layers, x.size(0), x.size(1), eps, group, processes);
+  at::Tensor input = x.contiguous(), y = at::empty({pass.B, pass.L, pass.D}, embedding.options());
+  TORCH_CHECK(pos.is_contiguous() && pos.numel() == pass.L && inv_freq.is_contiguous());
+  pass.place(pos.const_data_ptr<int64_t>(), inv_freq);
+  if (x.scalar_type() == at::kLong) {
+    pass.embed(input.const_data_ptr<int64_t>(), embedding);
+  } else {
+    const T* from = input.template const_data_ptr<T>();
+    std::copy(from, from + input.numel(), pass.x.begin());
   }
-  const auto& first = s.layers[0];
-  s.H = first.qkv.N / s.C - 2 * s.G, s.F = first.down.K;
-  for (auto& l : s.layers)
-    TORCH_CHECK(l.qkv.K == s.D && l.qkv.N == (s.H + 2 * s.G) * s.C && l.out.K == s.H * s.C && l.out.N == s.D &&
-                l.gate_up.K == s.D && l.gate_up.N == 2 * s.F && l.down.K == s.F && l.down.N == s.D);
-  TORCH_CHECK(s.C <= 512 && pos.is_contiguous() && pos.numel() == s.L && cos.is_contiguous() && sin.is_contiguous() &&
-              cos.numel() == s.L * s.C / 2);
-  s.pos = pos.const_data_ptr<int64_t>();
-  s.cos = cos.const_data_ptr<float>(), s.sin = sin.const_data_ptr<float>();
-  s.eps = eps, s.group = group, s.processes = processes;
-  at::Tensor input = x.contiguous(), y = at::empty_like(input);
-  const T* from = input.template const_data_ptr<T>();
-  T* to = y.template mutable_data_ptr<T>();
-  s.x.assign(from, from + s.M * s.D);
-  s.qkv.resize(s.M * std::max((s.H + 2 * s.G) * s.C, s.D));
-  s.mixed.resize(s.M * s.H * s.C);
-  s.hidden.resize(s.M * std::max(2 * s.F, s.D));
-  s.act.resize(s.M * s.F);
-  team([&](Member me) { s.run(me); });
-  if (s.failed) std::rethrow_exception(s.failed);
-  std::copy(s.x.begin(), s.x.end(), to);
+  team([&](Member me) { pass.run(me); });
+  if (pass.failed) std::rethrow_exception(pass.failed);
+  std::copy(pass.x.begin(), pass.x.end(), y.template mutable_data_ptr<T>());
   return y;
 }
 
-at::Tensor layers(const at::Tensor& x, const at::Tensor& pos, const at::Tensor& cos, const at::Tensor& sin,
-                  at::TensorList norms, at::TensorList weights, const MaybeTensors& scales, const MaybeTensors& zeros,
-                  at::TensorList k_caches, at::TensorList v_caches, double eps, std::optional<std::string> group,
-                  int64_t processes) {
-  auto run = x.scalar_type() == at::kFloat ? run_layers<float> : run_layers<c10::BFloat16>;
-  return run(x, pos, cos, sin, norms, weights, scales, zeros, k_caches, v_caches, eps, group, processes);
+at::Tensor layers(const at::Tensor& x, const at::Tensor& pos, const at::Tensor& inv_freq, const at::Tensor& embedding,
+                  const LayerList& layers, double eps, std::optional<std::string> group, int64_t processes) {
+  auto run = embedding.scalar_type() == at::kFloat ? run_layers<float> : run_layers<c10::BFloat16>;
+  return run(x, pos, inv_freq, embedding, layers, eps, group, processes);
+}
+
+// The index of the largest of x [begin, end).
+static int64_t largest(const float* x, int64_t begin, int64_t end) {
+  vec top = vec{} - INFINITY;
+  int64_t i = begin;
+  for (; i + W <= end; i += W) top = load(x + i) > top ? load(x + i) : top;
+  float most = -INFINITY;
+  for (int j = 0; j < W; j++) most = std::max(most, top[j]);
+  for (; i < end; i++) most = std::max(most, x[i]);
+  return std::min<int64_t>(std::find(x + begin, x + end, most) - x, end - 1);
+}
+
+// The most likely k tokens behind `token` (1, 1) at pos (1), by these layers, the norm (D) and the head, whose outputs
+// from `vocabulary` on don't count -> the tokens (1, k), and the hidden states (1, k, D) that each was chosen from.
+template <typename T>
+static std::tuple<at::Tensor, at::Tensor> draft_tokens(const at::Tensor& token, const at::Tensor& pos, int64_t k,
+                                                       const at::Tensor& inv_freq, const at::Tensor& embedding,
+                                                       const LayerList& layers, const at::Tensor& norm,
+                                                       const Matrix& head, int64_t vocabulary, double eps) {
+  Pass<T> pass(layers, 1, 1, eps, {}, 1);
+  const int64_t D = pass.D;
+  TORCH_CHECK(head.K == D && norm.numel() == D && vocabulary <= head.N && inv_freq.is_contiguous());
+  at::Tensor states = at::empty({1, k, D}, embedding.options()), drafted = at::empty({1, k}, token.options());
+  int64_t last = token.item<int64_t>(), position = pos.item<int64_t>();
+  std::vector<float> logits(head.N);
+  std::vector<int64_t> best(at::get_num_threads());
+  team([&](Member me) {
+    std::vector<float> normed(D);
+    auto [begin, end] = me.share(vocabulary);
+    for (int64_t i = 0; i < k; i++) {
+      if (me.index == 0) {
+        pass.embed(&last, embedding);
+        pass.place(&position, inv_freq);
+      }
+      me.meet();
+      pass.run(me);
+      normalize(pass.x.data(), norm.const_data_ptr<T>(), normed.data(), D, eps);
+      product(normed.data(), 1, head, logits.data(), begin, end);
+      best[me.index] = begin < end ? largest(logits.data(), begin, end) : 0;
+      me.meet();
+      if (me.index > 0) continue;
+      last = best[0];
+      for (int64_t j = 1; j < me.count; j++)
+        if (logits[best[j]] > logits[last]) last = best[j];
+      drafted.mutable_data_ptr<int64_t>()[i] = last;
+      std::copy(pass.x.begin(), pass.x.end(), states.template mutable_data_ptr<T>() + i * D);
+      position++;
+    }
+  });
+  return {drafted, states};
+}
+
+std::tuple<at::Tensor, at::Tensor> draft(const at::Tensor& token, const at::Tensor& pos, int64_t k,
+                                         const at::Tensor& inv_freq, const at::Tensor& embedding,
+                                         const LayerList& layers, const at::Tensor& norm, const at::Tensor& head,
+                                         const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& zero,
+                                         int64_t vocabulary, double eps) {
+  auto run = embedding.scalar_type() == at::kFloat ? draft_tokens<float> : draft_tokens<c10::BFloat16>;
+  return run(token, pos, k, inv_freq, embedding, layers, norm, Matrix(head, scale, zero), vocabulary, eps);
 }
 
 // x (..., K) float32 or bfloat16 times w transposed, see Matrix -> (..., N) of x's type.
@@ -599,15 +724,22 @@ at::Tensor norm(const at::Tensor& x, const at::Tensor& w, double eps) {
 }
 
 TORCH_LIBRARY(layerskip, m) {
+  m.class_<Layer>("Layer").def(torch::init<at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>,
+                                           MaybeTensors, MaybeTensors>());
   m.def(
-      "layers(Tensor x, Tensor pos, Tensor cos, Tensor sin, Tensor[] norms, Tensor[] weights, Tensor?[] scales, "
-      "Tensor?[] zeros, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, float eps, str? group=None, int processes=1) "
-      "-> Tensor");
+      "layers(Tensor x, Tensor pos, Tensor inv_freq, Tensor embedding, __torch__.torch.classes.layerskip.Layer[] "
+      "layers, "
+      "float eps, str? group=None, int processes=1) -> Tensor");
+  m.def(
+      "draft(Tensor token, Tensor pos, int k, Tensor inv_freq, Tensor embedding, "
+      "__torch__.torch.classes.layerskip.Layer[] layers, Tensor norm, Tensor head, Tensor? scale, Tensor? zero, "
+      "int vocabulary, float eps) -> (Tensor, Tensor)");
   m.def("linear(Tensor x, Tensor w, Tensor? scale=None, Tensor? zero=None) -> Tensor");
   m.def("norm(Tensor x, Tensor w, float eps) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(layerskip, CPU, m) {
   m.impl("layers", layers);
+  m.impl("draft", draft);
   m.impl("linear", linear);
   m.impl("norm", norm);
 }

@@ -80,25 +80,8 @@ def build() -> Path:
     return library
 
 
-def fake_linear(x: Tensor, w: Tensor, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
-    outputs = w if scale is None else scale
-    return x.new_empty(*x.shape[:-1], outputs.shape[0])
-
-
-def fake_layers(x: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(x)
-
-
-def fake_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x)
-
-
 def load() -> None:
-    """Load the library and tell the compiler of PyTorch the shapes that its operations return."""
     torch.ops.load_library(build())
-    torch.library.register_fake("layerskip::linear", fake_linear)
-    torch.library.register_fake("layerskip::layers", fake_layers)
-    torch.library.register_fake("layerskip::norm", fake_norm)
 
 
 def prepare() -> bool:
@@ -115,6 +98,11 @@ def prepare() -> bool:
             warnings.warn(f"{message} ({reason})", stacklevel=1)
             ready = False
     return ready
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the library is loaded, and computes with tensors of x's device and dtype."""
+    return bool(ready) and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
 
 def huge_pages(nbytes: int) -> Tensor:

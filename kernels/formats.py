@@ -5,6 +5,8 @@ int4: asymmetric in groups of k, w[n, k] = (q[n, k] - 8) scale[n, g] + zero[n, g
 of a row are 16 bytes. Byte j holds number j in its lower half and number j + 16 in its upper half.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,40 +63,52 @@ def panels(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(weight, scale, zero) of a quantized weight as the CPU's kernels read it: in panels of 16 outputs side by side.
 
-    int8: (N / 16, K, 16). int4: (N / 16, K / 8, 16) int32, each with eight columns of an output, as q - 8 in four bits
-    with a sign, the first in the lowest ones. N is rounded up. scale and zero keep their shapes, but outputs follow
-    each other in memory. in_place: take w's own memory again, if the result fits.
+    int8: (N / 16, K, 16), scale (N / 16, 1, 16). int4: (N / 16, K / 8, 16) int32, each with eight columns of an output,
+    as q - 8 in four bits with a sign, the first in the lowest ones; scale and zero (N / 16, G, 16). N is rounded up.
+    in_place: take the tensors' own memory again, where the result fits.
     """
-    count, row = -(-len(w) // PANEL), w[0].nbytes
-    memory = torch.empty(count * PANEL * row, dtype=torch.uint8, device=w.device)
-    if in_place and w.nbytes == memory.nbytes:
-        memory = w.view(torch.uint8).flatten()
-    for begin in range(0, len(w), 64 * PANEL):  # rows at a time, to need little memory beside w
-        some = interleave(w[begin : begin + 64 * PANEL], packed=zero is not None).view(torch.uint8).flatten()
-        memory[begin * row :][: len(some)] = some
     if zero is None:
-        return memory.view(torch.int8).view(count, -1, PANEL), scale, None
-    return memory.view(torch.int32).view(count, -1, PANEL), scale.T.contiguous().T, zero.T.contiguous().T
+        return rearrange(w, side_by_side, in_place), rearrange(scale[:, None], side_by_side, in_place), None
+    w = rearrange(w, in_lanes, in_place)
+    return w, rearrange(scale, side_by_side, in_place), rearrange(zero, side_by_side, in_place)
 
 
-def interleave(w: Tensor, packed: bool) -> Tensor:
-    """Some rows as panels. packed: w is int4, as `pack` has it; else int8."""
-    q = unpack(w) if packed else w
-    q = F.pad(q, (0, 0, 0, -len(q) % PANEL))
-    q = q.view(-1, PANEL, q.shape[1]).transpose(1, 2)  # (panels, K, 16)
-    if not packed:
-        return q.contiguous()
+def rearrange(t: Tensor, order: Callable[[Tensor], Tensor], in_place: bool) -> Tensor:
+    """All rows of t (N, X) in an order, many at a time, to need little memory beside t."""
+    count, some = -(-len(t) // PANEL), 64 * PANEL
+    row = t[0].nbytes
+    memory = torch.empty(count * PANEL * row, dtype=torch.uint8, device=t.device)
+    if in_place and t.nbytes == memory.nbytes:
+        memory = t.contiguous().view(torch.uint8).flatten()
+    dtype = t.dtype
+    for begin in range(0, len(t), some):
+        part = order(t[begin : begin + some])
+        dtype = part.dtype
+        part = part.view(torch.uint8).flatten()
+        memory[begin * row :][: len(part)] = part
+    return memory.view(dtype).view(count, -1, PANEL)
+
+
+def side_by_side(t: Tensor) -> Tensor:
+    """t (N, X) as (N / 16, X, 16)."""
+    t = F.pad(t, (0, 0, 0, -len(t) % PANEL))
+    return t.view(-1, PANEL, t.shape[1]).transpose(1, 2).contiguous()
+
+
+def in_lanes(w: Tensor) -> Tensor:
+    """Rows (N, K / 2), packed as in the file, as (N / 16, K / 8, 16) int32."""
+    q = side_by_side(unpack(w) ^ 8)
     lanes = torch.zeros(q.shape[0], q.shape[1] // 8, PANEL, dtype=torch.int32, device=w.device)
     for i in range(8):
-        lanes |= (q[:, i::8].int() ^ 8) << 4 * i
+        lanes |= q[:, i::8].int() << 4 * i
     return lanes
 
 
-def rows_of_panels(w: Tensor, outputs: int) -> Tensor:
-    """The numbers (outputs, K) int8 that panels hold; those of int4 from 0 to 15."""
-    if w.dtype == torch.int32:
-        w = torch.stack([w >> 4 * i & 15 ^ 8 for i in range(8)], 2).flatten(1, 2).to(torch.int8)  # (N / 16, K, 16)
-    return w.transpose(1, 2).flatten(0, 1)[:outputs]
+def rows_of_panels(t: Tensor) -> Tensor:
+    """The rows (N, X) that panels (N / 16, X, 16) hold, N as rounded up; numbers of int4 from 0 to 15."""
+    if t.dtype == torch.int32:
+        t = torch.stack([t >> 4 * i & 15 ^ 8 for i in range(8)], 2).flatten(1, 2).to(torch.int8)  # (N / 16, K, 16)
+    return t.transpose(1, 2).flatten(0, 1)
 
 
 def round_weight(w: Tensor, quantization: str, groupsize: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -109,14 +123,15 @@ def round_weight(w: Tensor, quantization: str, groupsize: int | None) -> tuple[T
 
 
 def dequantize(w: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The weight (N, K), in dtype, that quantized w, scale and zero stand for, in panels or as in the file. zero is
-    None for int8.
+    """The weight (N, K), in dtype, that quantized w, scale and zero stand for, in panels (N rounded up) or as in the
+    file. zero is None for int8.
     """
     if w.dim() == 3:
-        w = rows_of_panels(w, len(scale))
+        w, scale = rows_of_panels(w), rows_of_panels(scale)
+        zero = None if zero is None else rows_of_panels(zero)
     elif zero is not None:
         w = unpack(w)
     if zero is None:
-        return (w * scale[:, None]).to(dtype)
+        return (w * scale.view(-1, 1)).to(dtype)
     q = w.reshape(*scale.shape, -1).to(torch.float32) - 8  # (N, G, groupsize)
     return (q * scale[..., None].float() + zero[..., None].float()).flatten(1).to(dtype)

@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,6 +139,20 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def plain_pytorch(monkeypatch):
+    """No kernels: what a GPU's compiler is given, which on the CPU has nothing to compile otherwise."""
+    import kernels
+
+    monkeypatch.setattr(kernels, "enabled", False)
+
+
+@pytest.fixture
+def traced(plain_pytorch, monkeypatch):
+    """The same, and torch.compile makes graphs and runs them as they are: generating code for them takes minutes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
 
 
 def call(main, *args, input=""):

@@ -61,6 +61,7 @@ def test_greedy_text_is_that_of_transformers(shape, hf_folder, checkpoint):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("name", ["int4, first layer", "n-gram, then int8"])
 def test_compiled_is_eager(name):
     model = repeating_model()
@@ -93,7 +94,9 @@ def test_going_on_from_the_copys_hidden_states_is_noticed(monkeypatch):
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_a_copy_is_the_rounded_layers_and_shares_all_else(precision):
     model = tiny_model(dtype=torch.bfloat16)
+    names = model.state_dict().keys()
     drafter = make_drafter(model, exit_layer=3, draft_precision=precision)
+    assert model.state_dict().keys() == names and drafter.head is not model.head  # a checkpoint keeps no copies
     model.setup_caches(40)  # after the copy was made
     matrices = 0
     for layer, twin in zip(model.layers, drafter.layers, strict=False):
@@ -117,13 +120,14 @@ def test_the_first_drafter_of_a_process_has_an_int8_head(monkeypatch):
 def widen(linear):
     """The weight (N, K) in float32 that a quantized Linear stands for, by the definition of panels in formats.py."""
     rows = []
-    for n in range(len(linear.scale)):
-        lanes = linear.weight[n // 16, :, n % 16]  # (K,), or (K / 8,) of eight columns each
+    for n in range(linear.outputs):
+        lanes, scale = (panels[n // 16, :, n % 16] for panels in (linear.weight, linear.scale))
         if linear.zero is None:
-            rows.append(lanes.float() * linear.scale[n])
+            rows.append(lanes.float() * scale)
             continue
-        q = torch.stack([(lanes >> 4 * i & 15 ^ 8) - 8 for i in range(8)], 1).view(linear.scale.shape[1], -1)
-        rows.append((q * linear.scale[n, :, None].float() + linear.zero[n, :, None].float()).flatten())
+        zero = linear.zero[n // 16, :, n % 16]
+        q = torch.stack([(lanes >> 4 * i & 15 ^ 8) - 8 for i in range(8)], 1).view(len(scale), -1)
+        rows.append((q * scale[:, None].float() + zero[:, None].float()).flatten())
     return torch.stack(rows)
 
 

@@ -104,6 +104,7 @@ def test_a_draft_equal_to_its_target_accepts_everything(sampling, k):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traced")
 def test_compiled_equals_eager():
     model = tiny_model(n_layer=3)
     long, _ = run(model, 90)
@@ -138,9 +139,7 @@ def resized(model, vocab):
 
 
 @pytest.mark.parametrize("vocab", [56, 80])
-@pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.slow
-def test_a_draft_model_may_have_more_or_fewer_tokens(vocab, compile):
+def test_a_draft_model_may_have_more_or_fewer_tokens(vocab):
     """As of two models that share a tokenizer and are padded differently."""
     model = tiny_model()
     with torch.no_grad():
@@ -148,7 +147,7 @@ def test_a_draft_model_may_have_more_or_fewer_tokens(vocab, compile):
     prompt = [1, 17, 30, 33, 25, 8]
     plain, _ = run(model, 60, prompt)
     assert max(plain) < 56
-    ours, stats = run(model, 60, prompt, draft_model=resized(model, vocab), k=3, draft_head="full", compile=compile)
+    ours, stats = run(model, 60, prompt, draft_model=resized(model, vocab), k=3, draft_head="full")
     assert ours == plain
     assert stats.accept_counts[:-1] == [0, 0, 0]  # the draft is the same model: all is accepted
 
@@ -224,23 +223,35 @@ def test_the_context_is_used_to_its_end_and_no_further(how):
         run(model, 60, [], **how)
 
 
-def test_work_per_round(monkeypatch):
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0)], ids=["greedy", "sampled"])
+def test_work_per_round(monkeypatch, sampling):
     """E layers K+1 times, the rest once over K+1 rows, the head K times on one row and once on K+1; prefill once."""
     model, E, K = tiny_model(), 2, 3
     calls = []
     for i, layer in enumerate(model.layers):
         layer.register_forward_hook(lambda m, args, out, i=i: calls.append((i, out.shape[1])))  # of the prompt's pass
-    run_layers, number = engine.run_layers, {layer: i for i, layer in enumerate(model.layers)}
-    monkeypatch.setattr(
-        engine,
-        "run_layers",
-        lambda layers, x, *rest: (
-            calls.extend((number[layer], x.shape[1]) for layer in layers),
-            run_layers(layers, x, *rest),
-        )[1],
-    )
+    ops = torch.ops.layerskip
+    run_layers, draft = ops.layers, ops.draft
+
+    def count_layers(natives, rows):
+        for i, layer in enumerate(model.layers):
+            if any(layer.native is native for native in natives):
+                calls.append((i, rows))
+
+    def counting_layers(x, pos, inv_freq, embedding, natives, *rest):
+        count_layers(natives, x.shape[1])
+        return run_layers(x, pos, inv_freq, embedding, natives, *rest)
+
+    def counting_draft(token, pos, k, inv_freq, embedding, natives, *rest):
+        for _ in range(k):
+            count_layers(natives, 1)
+            calls.append(("head", 1))
+        return draft(token, pos, k, inv_freq, embedding, natives, *rest)
+
+    monkeypatch.setattr(ops, "layers", counting_layers)
+    monkeypatch.setattr(ops, "draft", counting_draft)
     model.head.register_forward_hook(lambda m, args, out: calls.append(("head", out.numel() // 64)))
-    _, stats = run(model, 30, exit_layer=E, k=K, draft_head="full")
+    _, stats = run(model, 30, exit_layer=E, k=K, draft_head="full", sampling=sampling)
     rounds = sum(stats.accept_counts)
 
     def count(*key):
@@ -370,6 +381,7 @@ def test_a_round_is_recorded_once_and_again_when_the_caches_move(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("plain_pytorch")
 def test_nothing_recompiles_over_two_hundred_rounds():
     torch._dynamo.reset()
     decoder = Decoder(tiny_model(context=1200, n_layer=2), exit_layer=1, k=2, compile=True, sampling=Sampling(1.0))
@@ -539,8 +551,10 @@ def test_the_loop_takes_any_drafter(compile):
     [dict(), dict(exit_layer=1, k=2), dict(draft_model=tiny_model(1), k=2), dict(exit_layer=1, k=2, compile=True)],
 )
 @pytest.mark.slow
-def test_a_decoder_is_freed_with_its_last_reference(how):
+def test_a_decoder_is_freed_with_its_last_reference(how, monkeypatch):
     """Or else two models would be in memory at once where one follows the other."""
+    if how.get("compile"):
+        monkeypatch.setattr(kernels, "enabled", False)  # with the CPU's kernels there is nothing to compile
     decoder = Decoder(tiny_model(), **how)
     list(decoder.generate(PROMPT, 10))
     gone = [weakref.ref(decoder), weakref.ref(decoder.model)]

@@ -113,7 +113,7 @@ def test_int4_linear(m, n, k, groupsize, dtype):
     )
     w = exact_int4(*tensors)
     with torch.inference_mode():
-        y = kernels.linear(x, *formats.panels(*tensors))
+        y = kernels.linear(x, *formats.panels(*tensors))[..., :n]
         exact = x.double() @ w.T
         terms = (
             k if m <= kernels.MAX_ROWS or dtype == torch.float32 else 2**16
@@ -121,7 +121,7 @@ def test_int4_linear(m, n, k, groupsize, dtype):
         bound = x.double().abs() @ w.abs().T * (terms + 8) * 2**-24 + exact.abs() * torch.finfo(dtype).eps
         assert y.shape == (1, m, n) and y.dtype == dtype and ((y.double() - exact).abs() <= bound + 1e-30).all()
         for i in range(m if m <= kernels.MAX_ROWS else 0):
-            assert torch.equal(kernels.linear(x[:, i : i + 1], *formats.panels(*tensors))[:, 0], y[:, i])
+            assert torch.equal(kernels.linear(x[:, i : i + 1], *formats.panels(*tensors))[:, 0, :n], y[:, i])
 
 
 @pytest.mark.parametrize("m,n,k,groupsize", [(1, 7, 64, 32), (5, 40, 320, 64), (16, 33, 512, 256)])
@@ -209,15 +209,14 @@ def test_layers_whose_width_no_panel_divides(width):
         torch.testing.assert_close(model.logits(model(ids, pos)), plain.logits(plain(ids, pos)), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 @pytest.mark.slow
-def test_speculation_is_exact_on_quantized_models(quantized, checkpoint_path, mode, compile):
+def test_speculation_is_exact_on_quantized_models(quantized, checkpoint_path, mode):
     model, draft = load_model(quantized(mode)), load_model(checkpoint_path)
     grid = [dict(exit_layer=e, k=k) for e in (1, 3) for k in (1, 4)] + [dict(draft_model=draft, k=3)]
-    plain = list(Decoder(model, compile=compile).generate([1, 5, 9], 60))
-    for how in grid[-2:] if compile else grid:
-        assert list(Decoder(model, compile=compile, **how).generate([1, 5, 9], 60)) == plain
+    plain = list(Decoder(model).generate([1, 5, 9], 60))
+    for how in grid:
+        assert list(Decoder(model, **how).generate([1, 5, 9], 60)) == plain
     sampled = Decoder(model, exit_layer=2, k=3, sampling=Sampling(0.8, 50), seed=1)
     assert len(list(sampled.generate([1, 5, 9], 40))) == 40
 

@@ -119,14 +119,6 @@ def test_an_empty_prompt_is_refused(how, model):
         run_sample(Decoder(ours, rows=60, **how), tokenizer, tokenizer.encode(""), Ending.of(ours, tokenizer, 5))
 
 
-@pytest.mark.parametrize("how", HOW, ids=["plain", "self-speculative"])
-def test_compiled(how, model, prompts, written):
-    ours, tokenizer = model.ours
-    decoder = Decoder(ours, rows=200, compile=True, **how)
-    for name in ("special tokens", "other scripts", "system"):
-        assert list(decoder.generate(prompts[name], NEW_TOKENS, ours.config.eos_ids)) == written[name][0][1], name
-
-
 def test_a_conversation(model):
     """The second turn, on the first one's caches, against transformers on all of it."""
     ours, tokenizer = model.ours
