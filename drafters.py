@@ -17,6 +17,7 @@ from kernels import cpu
 from model import Linear, Transformer, natives
 
 LONGEST_PAUSE = 31  # rounds that n-gram drafts stay away while they are wrong
+SMALLER: dict[str | None, list[str]] = {None: ["int8", "int4"], "int8": ["int4"], "int4": []}  # what can be rounded to
 
 Step = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
 
@@ -117,7 +118,7 @@ class ModelDrafter(Drafter):
         self.vocab_size = min(target.config.vocab_size, draft.config.vocab_size)
         self.head: Linear = draft.head
         if head == "int8" and can_round_head(draft):
-            self.head = draft.rounded_head()
+            self.head = draft.rounded_head
 
     def known(self, tokens: Tensor) -> Tensor:
         """The tokens as the draft model can be fed them: where it lacks one, another stands in for it."""
@@ -170,9 +171,10 @@ class SelfDrafter(ModelDrafter):
 
     name = "self"
     exit_layer: int
+    precision = "same"
 
     def __init__(self, target: Transformer, exit_layer: int, k: int, head: str = "int8"):
-        check_exit(exit_layer, target.config.n_layer, target.config.n_layer - 1)
+        check_exit(exit_layer, target.config.n_layer, self.precision)
         super().__init__(target, target, k, head)
         self.exit_layer = exit_layer
         self.layers = target.layers[:exit_layer]
@@ -198,16 +200,9 @@ class QuantizedDrafter(SelfDrafter):
 
     def __init__(self, target: Transformer, exit_layer: int, k: int, precision: str, head: str = "int8"):
         """precision: "int8" or "int4". Raises InputError unless the target's own weights take more bytes."""
-        config = target.config
-        check_exit(exit_layer, config.n_layer, config.n_layer)
-        if config.quantization in ("int4", precision):
-            smaller = "same or int4" if config.quantization == "int8" else "same"
-            raise InputError(
-                f"--draft_precision {precision}: the model is {config.quantization} already; take {smaller}"
-            )
-        ModelDrafter.__init__(self, target, target, k, head)
-        self.name = f"self {precision}"
-        self.exit_layer = exit_layer
+        check_precision(precision, target.config.quantization)
+        self.name, self.precision = f"self {precision}", precision
+        super().__init__(target, exit_layer, k, head)
         self.layers = target.rounded_layers(exit_layer, precision)
 
     def verify_from(self, tokens: Tensor, states: list[Tensor], pos: Tensor) -> tuple[Tensor, int]:
@@ -313,6 +308,7 @@ def make_drafter(
     ngram_k: the length of n-gram drafts, 0 for none. Raises InputError for options that exclude each other, or for an
     exit layer or a length out of range.
     """
+    # A round by n-grams or by the target's layers would leave the draft model without rows for its positions.
     if draft_model is not None and (exit_layer is not None or ngram_k):
         other = "n-gram drafts" if exit_layer is None else "self-speculation"
         raise InputError(f"{other} and a separate draft model exclude each other")
@@ -333,7 +329,22 @@ def check_length(option: str, k: int) -> None:
         raise InputError(f"--{option} {k}: must be 1 to {kernels.MAX_ROWS - 1}")
 
 
-def check_exit(exit_layer: int, layers: int, last: int) -> None:
+def last_exit(layers: int, precision: str) -> int:
+    """The largest exit that drafts in this precision, of so many layers: a copy may have them all."""
+    return layers - (precision == "same")
+
+
+def check_precision(precision: str, quantization: str | None) -> None:
+    """Raise InputError if a copy in this precision reads no less than weights with this quantization."""
+    possible = ["same", *SMALLER[quantization]]
+    if precision not in possible:
+        raise InputError(
+            f"--draft_precision {precision}: the model is {quantization} already; take {' or '.join(possible)}"
+        )
+
+
+def check_exit(exit_layer: int, layers: int, precision: str) -> None:
+    last = last_exit(layers, precision)
     if not 1 <= exit_layer <= last:
         raise InputError(
             f"--early_exit {exit_layer}: the model has {layers} layers, so 1 to {last} can be drafted with"

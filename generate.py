@@ -28,7 +28,7 @@ import kernels
 import tune
 from checkpoint import count_parameters, load_model
 from command import InputError, add_threads, check_device, check_writable, set_threads
-from drafters import Drafter, check_length, make_drafter, weight_bytes
+from drafters import SMALLER, Drafter, check_length, make_drafter, weight_bytes
 from model import Transformer
 from tokenizer import Text, Tokenizer
 from tp import Shard, broadcast, run_command, start
@@ -1032,29 +1032,21 @@ def settle_auto(args: argparse.Namespace, path: Path, model: Transformer, prompt
         setting = tune.stored(path, tune.key(model, args.compile, args.temperature))
     setting = shard.share(setting)
     if setting is None:
-        builds: dict[str, tune.Build] = {}
-        for precision in precisions(args, model):
-            builds[precision] = partial(build, precision)
-        setting = shard.share(tune.calibrate(builds, model, prompt, exit_layer, k))
+        setting = shard.share(tune.calibrate(build, precisions(args, model), model, prompt, exit_layer, k))
     exit_layer, k, precision, why = setting
     args.self_speculative, args.early_exit, args.speculate_k = exit_layer is not None, exit_layer, k
     args.draft_precision = precision
-    chosen = f"--early_exit {exit_layer} --speculate_k {k}"
-    if precision != "same":
-        chosen += f" --draft_precision {precision}"
-    if not args.self_speculative:
-        chosen = "plain decoding, which no draft beats"
-    print(f"auto: {chosen} ({why})")
+    print(f"auto: {tune.options(exit_layer, k, precision)} ({why})")
 
 
 def precisions(args: argparse.Namespace, model: Transformer) -> list[str]:
     """The draft precisions that auto may choose."""
     if args.draft_precision:
         return [args.draft_precision]
-    if args.early_exit == model.config.n_layer:
-        return ["int8", "int4"]  # the layers themselves would draft what they verify
-    smaller = {None: ["int8", "int4"], "int8": ["int4"], "int4": []}
-    return ["same", *smaller[model.config.quantization]]
+    smaller = SMALLER[model.config.quantization]
+    if args.early_exit == model.config.n_layer and smaller:
+        return smaller  # the layers themselves would draft what they verify
+    return ["same", *smaller]
 
 
 def introduce(path: Path, decoder: Decoder, prompt: list[int], args: argparse.Namespace, shard: Shard) -> None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from copy import copy
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -358,7 +359,6 @@ class Transformer(nn.Module):
         self.config = config  # of the whole model
         self.shard: Any = None  # the tp.Shard whose part of it this is
         self.copies: dict[str, list[Any]] = {"int8": [], "int4": []}  # what `rounded_layers` has made
-        self.head_copy: Linear | None = None  # what `rounded_head` has made
         self.cached_ids: list[int] = []  # of the text whose rows the caches hold, as far as a Decoder knows
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -392,13 +392,13 @@ class Transformer(nn.Module):
         made += new
         return made[:count]
 
+    @cached_property
     @torch.no_grad()
     def rounded_head(self) -> Linear:
         """A copy of the head in int8; made once and kept."""
-        if self.head_copy is None:
-            self.head_copy = self.head.rounded("int8")
-            into_one_block([self.head_copy])
-        return self.head_copy
+        head = self.head.rounded("int8")
+        into_one_block([head])
+        return head
 
     def setup_caches(self, rows: int, batch: int = 1) -> None:
         """See to KV caches of at least `rows` positions in every layer, in the weights' dtype and on their device."""

@@ -1,9 +1,9 @@
-"""Which exit layer E and draft length K decode a checkpoint fastest, and the settings kept beside it.
+"""Which draft precision, exit layer E and draft length K decode a checkpoint fastest, and the settings kept beside it.
 
 The fastest is predicted from little. A round costs the same whatever it accepts, and the model's own text tells how
 often drafts are accepted: one pass over it gives what every exit would have drafted at every position. So that pass and
-a few timed rounds predict every E and K. `generate.py --early_exit auto --speculate_k auto` and `scripts/sweep.py` use
-it.
+a few timed rounds, for each precision, predict every E and K. `generate.py --early_exit auto --speculate_k auto` and
+`scripts/sweep.py` use it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from operator import itemgetter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tqdm import tqdm
 import kernels
 from checkpoint import dtype_name
 from command import InputError
+from drafters import last_exit
 from model import Transformer
 
 Decoder = Any  # generate.Decoder; generate.py imports this module
@@ -32,8 +33,9 @@ CALIBRATION_K = 6  # the longest draft that `calibrate` considers
 ROUNDS = 12  # how many rounds a timing covers
 SETTLING = 4  # rounds before those, not timed: after the prompt's pass the processor's caches hold other things
 
-Build = Callable[["int | None", int, int], "Decoder"]  # (exit layer or None for plain decoding, k, rows) -> Decoder
-Cell = tuple[int, int]  # exit layer and draft length: a cell of the grid
+# (draft precision, exit layer or None for plain decoding, k, rows) -> Decoder
+Build = Callable[[str, "int | None", int, int], "Decoder"]
+Cell = tuple[str, int, int]  # draft precision, exit layer and draft length: a cell of the grid
 Setting = tuple["int | None", int, str, str]  # exit layer (None: plain decoding), k, draft precision, how it was found
 Chances = dict[int, list[float]]  # {exit: chance that a token drafted there is accepted, for each position}
 
@@ -113,7 +115,7 @@ def seconds_per_round(decoder: Decoder, prompt: list[int]) -> float:
     """Mean time of up to ROUNDS rounds after the prompt, without the first SETTLING ones, if there are more."""
     ends = [0.0]  # seconds when each round was over
     for _ in decoder.generate(prompt, (SETTLING + ROUNDS) * (decoder.K + 1)):
-        if sum(decoder.stats.accept_counts) == len(ends):
+        if decoder.stats.decode_seconds > ends[-1]:
             ends.append(decoder.stats.decode_seconds)
         if len(ends) > SETTLING + ROUNDS:
             break
@@ -125,36 +127,38 @@ def predict(
     build: Build,
     prompts: list[list[int]],
     tokens: int,
-    exits: Sequence[int],
+    exits: dict[str, list[int]],
     ks: Sequence[int],
     timed_ks: Sequence[int],
     repeats: int,
 ) -> dict[Cell, tuple[float, list[float]]]:
-    """{(exit, k): (speedup over plain decoding, accept counts)} to expect for every exit and k.
+    """{cell: (speedup over plain decoding, accept counts)} to expect for every exit and k.
 
-    tokens: how many are decoded from each prompt. exits, ks: sorted. Decodes every prompt plainly, runs one pass over
-    each text, and times rounds of timed_ks at the first and the last exit, `repeats` times in turn with plain ones. All
-    other cells' times are interpolated. A progress bar shows the timings.
+    tokens: how many are decoded from each prompt. exits: {draft precision: its exits}. ks and each precision's exits:
+    sorted. Decodes every prompt plainly, runs one pass of each precision over each text, and times rounds of timed_ks
+    at a precision's first and last exit, `repeats` times in turn with plain ones. All other cells' times are
+    interpolated. A progress bar shows the timings.
     """
     rows = max(map(len, prompts)) + tokens + max(ks)
     # With the largest caches first: all decoders are compiled for them.
-    drafting = build(exits[-1], max(timed_ks), rows)
-    plain = build(None, 0, rows)
-    texts, chances = [], []
+    drafting = {precision: build(precision, own[-1], max(timed_ks), rows) for precision, own in exits.items()}
+    plain = build("same", None, 0, rows)
+    texts = []
     for prompt in tqdm(prompts, desc="decoding", disable=None):
         texts.append(list(plain.generate(prompt, tokens + max(ks))))
-    for prompt, text in zip(prompts, texts, strict=True):
-        chances.append(exit_chances(drafting, prompt, text, exits))
     middle = prompts[0] + texts[0][: tokens // 2]  # a text of half the length costs what a text does on average
-    costs = time_corners(build, plain, middle, exits, timed_ks, rows, repeats)
     lengths = [min(tokens, len(text)) for text in texts]
     plain_rounds = sum(lengths) - len(lengths)  # the prompt's pass gives each text's first token
     result = {}
-    for e in exits:
-        for k in ks:
+    for precision, own in exits.items():
+        chances = []
+        for prompt, text in zip(prompts, texts, strict=True):
+            chances.append(exit_chances(drafting[precision], prompt, text, own))
+        costs = time_corners(partial(build, precision), plain, middle, own, timed_ks, rows, repeats)
+        for e, k in itertools.product(own, ks):
             counts = text_counts(chances, e, k, lengths)
             time = sum(counts) * interpolate(costs, timed_ks, e, k)  # in plain rounds
-            result[e, k] = plain_rounds / time, counts
+            result[precision, e, k] = plain_rounds / time, counts
     return result
 
 
@@ -167,7 +171,7 @@ def text_counts(chances: list[Chances], exit_layer: int, k: int, lengths: list[i
 
 
 def time_corners(
-    build: Build,
+    build: Callable[[int, int, int], Decoder],
     plain: Decoder,
     prompt: list[int],
     exits: Sequence[int],
@@ -175,7 +179,10 @@ def time_corners(
     rows: int,
     repeats: int,
 ) -> dict[int, list[float]]:
-    """{exit: what a round costs with each of timed_ks}, in plain rounds, for the first and the last exit."""
+    """{exit: what a round costs with each of timed_ks}, in plain rounds, for the first and the last exit.
+
+    build: function (exit, k, rows) -> Decoder.
+    """
     corners = list(itertools.product(sorted({exits[0], exits[-1]}), timed_ks))
     costs: dict[int, list[float]] = {}
     for e, k in tqdm(corners, desc="timing", disable=None):
@@ -197,7 +204,8 @@ def interpolate(costs: dict[int, list[float]], timed_ks: Sequence[int], e: int, 
 
 
 def calibrate(
-    builds: dict[str, Build],
+    build: Build,
+    precisions: Sequence[str],
     model: Transformer,
     prompt: list[int],
     exit_layer: int | None = None,
@@ -205,8 +213,8 @@ def calibrate(
 ) -> Setting:
     """What to decode this prompt with. The exit layer is None where plain decoding is fastest.
 
-    builds: {draft precision: Build} of those that may be chosen. exit_layer, k: what is settled already. Raises
-    InputError if there is no room in the context.
+    precisions: those that may be chosen. exit_layer, k: what is settled already. Raises InputError if there is no room
+    in the context.
     """
     ks = list(range(1, CALIBRATION_K + 1)) if k is None else [k]
     tokens = min(CALIBRATION_TOKENS, model.config.context - len(prompt) + 1)
@@ -215,24 +223,24 @@ def calibrate(
             f"auto: the prompt's {len(prompt)} tokens leave no room to calibrate in; "
             "name --early_exit and --speculate_k"
         )
-    best: tuple[float, int | None, int, str] = (0.0, None, 1, "same")
-    for precision, build in builds.items():
-        last = model.config.n_layer - (precision == "same")
-        exits = list(range(1, last + 1)) if exit_layer is None else [exit_layer]
-        if not exits:
-            continue  # the model's only layer
-        predicted = predict(build, [prompt], tokens, exits, ks, sorted({ks[0], ks[-1]}), repeats=5)
-        for (e, length), (gain, _) in predicted.items():
-            best = max(best, (gain, e, length, precision), key=itemgetter(0))
-    gain, fastest, length, precision = best
-    if fastest is None:
+    exits = {}
+    for precision in precisions:
+        last = last_exit(model.config.n_layer, precision)
+        exits[precision] = list(range(1, last + 1)) if exit_layer is None else [exit_layer]
+    exits = {precision: own for precision, own in exits.items() if own}
+    if not exits:
         return None, 1, "same", "the model's only layer leaves none to draft with"
+    predicted = predict(build, [prompt], tokens, exits, ks, sorted({ks[0], ks[-1]}), repeats=5)
+    precision, fastest, length = max(predicted, key=lambda cell: predicted[cell][0])
+    gain, _ = predicted[precision, fastest, length]
+    why = f"calibrated, {gain:.2f}x of plain decoding expected"
     if gain <= 1:
-        fastest = None
-    return fastest, length, precision, f"calibrated, {gain:.2f}x of plain decoding expected"
+        return None, 1, "same", why
+    return fastest, length, precision, why
 
 
-# Settings kept beside a checkpoint, in model.tune.json: a list of objects, each a `key` with exit_layer and k.
+# Settings kept beside a checkpoint, in model.tune.json: a list of objects, each a `key` with exit_layer, k and
+# draft_precision.
 
 KEY = ("device", "precision", "compile", "greedy")
 
@@ -268,22 +276,31 @@ def read_settings(checkpoint: str | Path) -> list[dict[str, Any]]:
         ) from None
 
 
-def store(checkpoint: str | Path, key: dict[str, Any], exit_layer: int | None, k: int) -> None:
+def store(checkpoint: str | Path, key: dict[str, Any], exit_layer: int | None, k: int, precision: str) -> None:
     """Keep a setting in place of what was kept for the same key."""
     path = tuned_path(checkpoint)
     entries = [entry for entry in read_settings(checkpoint) if not is_for(entry, key)]
-    entries.append({**key, "exit_layer": exit_layer, "k": k})
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(entries, indent=2) + "\n")
-    partial.replace(path)
+    entries.append({**key, "exit_layer": exit_layer, "k": k, "draft_precision": precision})
+    unfinished = path.with_name(path.name + ".partial")
+    unfinished.write_text(json.dumps(entries, indent=2) + "\n")
+    unfinished.replace(path)
 
 
 def stored(checkpoint: str | Path, key: dict[str, Any]) -> Setting | None:
     """What was kept for the key, or None."""
     for entry in read_settings(checkpoint):
         if is_for(entry, key):
-            return entry["exit_layer"], entry["k"], "same", f"stored in {tuned_path(checkpoint)}"
+            precision = entry.get("draft_precision", "same")  # older entries have none
+            return entry["exit_layer"], entry["k"], precision, f"stored in {tuned_path(checkpoint)}"
     return None
+
+
+def options(exit_layer: int | None, k: int, precision: str) -> str:
+    """A setting as options of generate.py, for people."""
+    if exit_layer is None:
+        return "plain decoding, which no draft beats"
+    chosen = f"--self_speculative --early_exit {exit_layer} --speculate_k {k}"
+    return chosen if precision == "same" else f"{chosen} --draft_precision {precision}"
 
 
 def is_for(entry: dict[str, Any], key: dict[str, Any]) -> bool:

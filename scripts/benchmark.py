@@ -32,7 +32,7 @@ import tasks
 from checkpoint import empty_model
 from command import InputError, check_writable, run_command
 from drafters import Drafter, SelfDrafter, check_length
-from generate import NGRAM_K, Decoder, acceptance, load, peak_memory_gb, total_counts, total_rounds
+from generate import Decoder, acceptance, load, peak_memory_gb, total_counts, total_rounds
 from model import Linear, ModelConfig, RMSNorm, Transformer
 from tokenizer import Tokenizer
 
@@ -69,17 +69,7 @@ class Work:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = tasks.parser(__doc__, [2, 4], "an eighth and a quarter of the layers")
-    p.add_argument(
-        "--draft_precision",
-        nargs="+",
-        choices=["same", "int8", "int4"],
-        default=["same"],
-        help="draft with the layers themselves, or with copies of them in int8 or int4",
-    )
-    p.add_argument(
-        "--draft", choices=["ngram"], help="measure n-gram drafts too: alone, and in front of every other setting"
-    )
-    p.add_argument("--ngram_k", type=int, default=NGRAM_K, help="length of n-gram drafts")
+    tasks.add_ngram_options(p)
     p.add_argument("--repeats", type=int, default=3, help="timed passes over the prompts")
     p.add_argument("--pass_rows", type=int, default=8, help="time one full pass over 1 to this many rows")
     p.add_argument(
@@ -321,29 +311,13 @@ def make_decoders(args: argparse.Namespace, work: Work) -> list[Decoder]:
     """A plain decoder, then one for each way to draft."""
     rows = max(map(len, work.prompts)) + args.max_new_tokens
     decoders = [tasks.make_decoder(args, work.model, rows)]
-    lengths = [0, args.ngram_k] if args.draft else [0]  # of n-gram drafts
-    for precision, e, k in itertools.product(args.draft_precision, args.early_exit, args.speculate_k):
+    for way in tasks.ways(args, work.model.config.n_layer):
         spoilt = None
         if work.acceptance is not None:
-            spoilt = SpoiltDrafter(work.model, e, k, args.draft_head)
+            spoilt = SpoiltDrafter(work.model, way["exit_layer"], way["k"], args.draft_head)
             spoilt.acceptance = work.acceptance
-        for ngram_k in lengths:
-            how = dict(draft_precision=precision, ngram_k=ngram_k)
-            decoders.append(tasks.make_decoder(args, work.model, rows, e, k, spoilt, **how))
-    if args.draft:
-        decoders.append(tasks.make_decoder(args, work.model, rows, ngram_k=args.ngram_k))
+        decoders.append(tasks.make_decoder(args, work.model, rows, drafter=spoilt, **way))
     return decoders
-
-
-def describe(decoder: Decoder) -> str:
-    """How a decoder drafts, such as "n-gram K=8, self int8 E=3 K=4"."""
-    parts = []
-    for drafter in decoder.drafter.members():
-        if isinstance(drafter, SelfDrafter):
-            parts.append(f"{drafter.name} E={drafter.exit_layer} K={drafter.k}")
-        elif drafter.k:
-            parts.append(f"{drafter.name} K={drafter.k}")
-    return ", ".join(parts) or "plain"
 
 
 def compile_all(decoders: list[Decoder], prompt: list[int]) -> list[float]:
@@ -416,7 +390,7 @@ def summarize_decoder(
     rate = prompts * (args.max_new_tokens - 1) / seconds  # the prompt's pass gives each text's first token
     used = decoder.bytes_read(rounds) / args.repeats / seconds  # bytes per second
     return dict(
-        decoding=describe(decoder),
+        decoding=tasks.describe(decoder),
         exit_layer=decoder.exit_layer,
         k=decoder.K,
         rounds=rounds,

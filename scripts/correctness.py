@@ -1,25 +1,25 @@
-"""Is what self-speculation writes what the model alone would have written? A check on your own checkpoint, task and
-machine.
+"""Is what speculation writes what the model alone would have written? A check on your own checkpoint, task and machine.
 
-Greedy (the default): plain and self-speculative text are compared token for token. Where they differ first, FILE.jsonl
+Drafts come from the model's own layers, with --draft_precision from copies of them, with --draft from n-grams too.
+
+Greedy (the default): plain and speculative text are compared token for token. Where they differ first, FILE.jsonl
 has the position and how far apart the two tokens' logits are, beside the error that rounding makes in these logits
 (against the same weights in float32). In float32 no text may differ; in lower precision, only where rounding explains
 it.
 
 Sampled (--temperature above 0): one pass of the whole model gives the distribution of each token. Each token is placed
-in its cumulative distribution, those that the draft favours most coming first. If the text has the model's
-distribution, these places are uniform between 0 and 1 and independent (Rosenblatt 1952), which a Kolmogorov-Smirnov
-test judges.
+in its cumulative distribution, those that the draft favours most coming first; with n-grams, whose drafts are not
+kept, the least likely ones, as wrong drafts are. If the text has the model's distribution, these places are uniform
+between 0 and 1 and independent (Rosenblatt 1952), which a Kolmogorov-Smirnov test judges.
 
-Writes FILE.jsonl and FILE.csv, a row for each exit layer and draft length. An interrupted check goes on where it was.
+Writes FILE.jsonl and FILE.csv, a row for each way to draft. An interrupted check goes on where it was.
 The exit code is 1 if the check fails.
 """
 
 import argparse
 import functools
-import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -32,17 +32,19 @@ from tqdm import tqdm
 import tasks
 from checkpoint import load_model
 from command import check_writable, run_command
+from drafters import check_length
 from generate import Decoder, load
 from model import Transformer
-from tune import Cell
 
 P_VALUE = 1e-3  # a sampled check of the whole grid fails by chance this often
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = tasks.parser(__doc__, [1, 2, 4, 6], num_prompts=16)
+    tasks.add_ngram_options(p)
     p.add_argument("--out", default="correctness", metavar="FILE", help="where to write, without suffix")
     args = p.parse_args(argv)
+    check_length("ngram_k", args.ngram_k)
     check_writable("--out", f"{args.out}.jsonl")
     return args
 
@@ -52,18 +54,20 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     tasks.check(args)
     model, tokenizer = load(args.checkpoint_path, args.device, args.precision)
-    exits, ks = tasks.grid(args, model.config.n_layer)
     _, prompts = tasks.load_prompts(args, model, tokenizer)
     rows = max(map(len, prompts)) + args.max_new_tokens
-    tasks.make_decoder(args, model, rows, exits[0], ks[-1])  # the largest caches first: all decoders use them
-    tasks.make_decoder(args, model, rows, exits[-1], ks[0])  # with the one above: what is out of range shows now
-    results = tasks.Results(args.out, tasks.measured_with(args, "early_exit", "speculate_k", "out"))
-    known = {(row["exit_layer"], row["k"]) for row in results.rows}
-    cells = [cell for cell in itertools.product(exits, ks) if cell not in known]
-    if cells and args.temperature > 0:
-        check_sampled(args, model, rows, prompts, cells, results)
-    elif cells:
-        check_greedy(args, model, rows, prompts, cells, results)
+    build = functools.partial(tasks.make_decoder, args, model, rows)
+    ways = {}
+    for way in tasks.ways(args, model.config.n_layer):  # what is out of range shows now; all use the largest caches
+        ways[tasks.describe(build(**way))] = functools.partial(build, **way)
+    without = ("early_exit", "speculate_k", "draft_precision", "draft", "ngram_k", "out")
+    results = tasks.Results(args.out, tasks.measured_with(args, *without))
+    known = results.by("decoding")
+    missing = [way for name, way in ways.items() if name not in known]
+    if missing and args.temperature > 0:
+        check_sampled(args, prompts, missing, results)
+    elif missing:
+        check_greedy(args, build(), prompts, missing, results)
     write_csv(args, results.rows)
     report(args, model, results.rows)
 
@@ -81,27 +85,24 @@ def write_csv(args: argparse.Namespace, rows: list[tasks.Row]) -> None:
 
 def check_greedy(
     args: argparse.Namespace,
-    model: Transformer,
-    rows: int,
+    plain: Decoder,
     prompts: list[list[int]],
-    cells: list[Cell],
+    ways: Sequence[Callable[[], Decoder]],
     results: tasks.Results,
 ) -> None:
-    """Add a row for each cell. rows: positions that every decoder has."""
+    """Add a row for each decoder that one of the ways makes."""
 
     @functools.cache
     def reference() -> Transformer:  # loaded only if texts differ
-        if model.embed.weight.dtype == torch.float32:
-            return model
+        if plain.model.embed.weight.dtype == torch.float32:
+            return plain.model
         return load_model(args.checkpoint_path, args.device, torch.float32)
 
-    plain = tasks.make_decoder(args, model, rows)
     texts = []
     for prompt in tqdm(prompts, desc="plain", disable=None):
         texts.append(list(plain.generate(prompt, args.max_new_tokens)))
-    for e, k in tqdm(cells, desc="self-speculative", disable=None):
-        decoder = tasks.make_decoder(args, model, rows, e, k)
-        results.add(compare(decoder, reference, prompts, texts))
+    for way in tqdm(ways, desc="speculative", disable=None):
+        results.add(compare(way(), reference, prompts, texts))
 
 
 def compare(
@@ -120,6 +121,7 @@ def compare(
         unexplained += not explained(d)
         found.append(dict(prompt=number, **d))
     return dict(
+        decoding=tasks.describe(decoder),
         exit_layer=decoder.exit_layer,
         k=decoder.K,
         texts=len(prompts),
@@ -173,17 +175,11 @@ def explained(d: tasks.Row) -> bool:
 
 
 def check_sampled(
-    args: argparse.Namespace,
-    model: Transformer,
-    rows: int,
-    prompts: list[list[int]],
-    cells: list[Cell],
-    results: tasks.Results,
+    args: argparse.Namespace, prompts: list[list[int]], ways: Sequence[Callable[[], Decoder]], results: tasks.Results
 ) -> None:
-    """Add a row for each cell. rows: positions that every decoder has."""
-    for e, k in tqdm(cells, desc="self-speculative", disable=None):
-        decoder = tasks.make_decoder(args, model, rows, e, k)
-        results.add(sample(decoder, prompts, args.max_new_tokens, args.seed))
+    """Add a row for each decoder that one of the ways makes."""
+    for way in tqdm(ways, desc="speculative", disable=None):
+        results.add(sample(way(), prompts, args.max_new_tokens, args.seed))
 
 
 def sample(decoder: Decoder, prompts: list[list[int]], tokens: int, seed: int) -> tasks.Row:
@@ -198,6 +194,7 @@ def sample(decoder: Decoder, prompts: list[list[int]], tokens: int, seed: int) -
     u = torch.cat(found).cpu().numpy()
     test = kstest(u, "uniform")
     return dict(
+        decoding=tasks.describe(decoder),
         exit_layer=decoder.exit_layer,
         k=decoder.K,
         texts=len(prompts),
@@ -212,13 +209,16 @@ def places(decoder: Decoder, prompt: list[int], text: list[int], generator: torc
 
     A token's place is drawn from its own part of the cumulative distribution.
     """
-    model, sampling, e = decoder.model, decoder.sampling, decoder.exit_layer
-    drafter: Any = decoder.drafter  # a SelfDrafter
+    model, sampling = decoder.model, decoder.sampling
+    drafter: Any = decoder.drafter  # a SelfDrafter, or one of n-grams
     device = model.embed.weight.device
     start = len(prompt) - 1  # its hidden state gives the text's first token
-    hidden = model(torch.tensor([prompt + text[:-1]], device=device), None, 0, e)
-    draft = sampling.distribution(drafter.logits(hidden[0, start:])).double()  # (T, V)
-    target = sampling.distribution(model.logits(model(hidden, None, e)[0, start:])).double()  # (T, V)
+    ids = torch.tensor([prompt + text[:-1]], device=device)
+    target = sampling.distribution(model.logits(model(ids)[0, start:])).double()  # (T, V)
+    draft = torch.ones_like(target)
+    if not drafter.reads_text:
+        hidden = model.run(drafter.layers, model.embed(ids), None)
+        draft = sampling.distribution(drafter.logits(hidden[0, start:])).double()  # (T, V)
     order = (draft / target.clamp(min=1e-300)).argsort(dim=-1, descending=True)
     ranked = target.gather(1, order)
     chosen = (order == torch.tensor(text, device=device)[:, None]).double()  # (T, V), one 1 in each row
@@ -233,23 +233,22 @@ def places(decoder: Decoder, prompt: list[int], text: list[int], generator: torc
 
 def report(args: argparse.Namespace, model: Transformer, results: list[tasks.Row]) -> None:
     """Print what was found, and exit with code 1 if the check failed."""
-    rows = sorted(results, key=itemgetter("exit_layer", "k"))
-    tokens = sum(map(itemgetter("tokens"), rows))
+    tokens = sum(map(itemgetter("tokens"), results))
     print(
         f"\n{args.checkpoint_path}, {tasks.weights_kind(model)} on {args.device}, "
-        f"temperature {args.temperature}: {len(rows)} settings, {tokens} tokens"
+        f"temperature {args.temperature}: {len(results)} settings, {tokens} tokens"
     )
     if args.temperature > 0:
-        report_sampled(rows)
+        report_sampled(results)
     else:
-        report_greedy(rows, exact=model.embed.weight.dtype == torch.float32)
+        report_greedy(results, exact=model.embed.weight.dtype == torch.float32)
 
 
 def report_greedy(rows: list[tasks.Row], exact: bool) -> None:
     """exact: the model is in float32, where no text may differ."""
-    print(" E  K  tokens  texts that differ")
+    print(f"{'decoding':32s}  tokens  texts that differ")
     for r in rows:
-        print(f"{r['exit_layer']:2d} {r['k']:2d} {r['tokens']:7d}  {r['different']} of {r['texts']}")
+        print(f"{r['decoding']:32s} {r['tokens']:7d}  {r['different']} of {r['texts']}")
         for d in r["differences"]:
             print(
                 f"       prompt {d['prompt']}, token {d['position']}: {d['plain']} against {d['speculative']}, "
@@ -262,13 +261,13 @@ def report_greedy(rows: list[tasks.Row], exact: bool) -> None:
         verdict += f", {unexplained} of them not explained by rounding"
     print(verdict)
     if unexplained or (different and exact):
-        sys.exit("self-speculative text is NOT what plain decoding writes")
+        sys.exit("speculative text is NOT what plain decoding writes")
 
 
 def report_sampled(rows: list[tasks.Row]) -> None:
-    print(" E  K  tokens  statistic  p")
+    print(f"{'decoding':32s}  tokens  statistic  p")
     for r in rows:
-        print(f"{r['exit_layer']:2d} {r['k']:2d} {r['tokens']:7d} {r['statistic']:10.4f}  {r['p_value']:.3g}")
+        print(f"{r['decoding']:32s} {r['tokens']:7d} {r['statistic']:10.4f}  {r['p_value']:.3g}")
     least = min(map(itemgetter("p_value"), rows))
     limit = P_VALUE / len(rows)  # Bonferroni: of so many tests, one is below it by chance with probability P_VALUE
     print(f"smallest p of {len(rows)}: {least:.3g}; the check fails below {limit:.2g}")

@@ -5,9 +5,10 @@
 FILE.jsonl and FILE.csv (a row per metric). Each answer is kept at once, so that an interrupted evaluation goes on where
 it was. Only rolling log-likelihoods are all kept at the end.
 
---text: measure every exit on a text file: loss, perplexity, and agreement with the last layer. Writes FILE.text.csv and
-a plot, FILE.text.png. With --reference, the agreement is with the last layer of that checkpoint. For example, compare a
-quantized checkpoint with the checkpoint that it was made from.
+--text: measure every exit on a text file: loss, perplexity, and agreement with the last layer. With --draft_precision
+int8 or int4, also every exit of a copy of the layers, behind which the head is still the model's own. Writes
+FILE.text.csv and a plot, FILE.text.png. With --reference, the agreement is with the last layer of that checkpoint. For
+example, compare a quantized checkpoint with the checkpoint that it was made from.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import torch
 
 import tasks
 from command import InputError, check_writable, run_command
+from drafters import check_precision
 from generate import CHECKPOINTS, Decoder, Sampling, load
 from model import Transformer
 from tokenizer import Tokenizer
@@ -87,6 +89,12 @@ def add_text_options(g: argparse._ArgumentGroup) -> None:
         "--text", type=Path, metavar="FILE", help="measure loss, perplexity and agreement of every exit on this text"
     )
     g.add_argument(
+        "--draft_precision",
+        nargs="+",
+        choices=["same", "int8", "int4"],
+        help="measure the layers themselves, or copies of them in int8 or int4 (default: same)",
+    )
+    g.add_argument(
         "--window",
         type=int,
         default=512,
@@ -112,6 +120,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise InputError("nothing to do: give --tasks, --text or both")
     if args.early_exit is not None and not args.self_speculative:
         raise InputError("--early_exit is for --self_speculative: give both; --exit_layer is for log-likelihoods")
+    if args.draft_precision and not args.text:
+        raise InputError("--draft_precision is for --text: give both")
     tasks.check_at_least(1, args, "batch_size", "window", "max_tokens", "limit", "max_gen_toks")
     tasks.check_machine(args.device)
     check_writable("--out", f"{args.out}.jsonl")
@@ -123,6 +133,8 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load(args.checkpoint_path, args.device, args.precision)
     if args.exit_layer is not None and not 1 <= args.exit_layer <= model.config.n_layer:
         raise InputError(f"--exit_layer {args.exit_layer}: the model has layers 1 to {model.config.n_layer}")
+    for precision in args.draft_precision or ():
+        check_precision(precision, model.config.quantization)
     if args.tasks:
         evaluate_tasks(args, model, tokenizer)
     if args.text:
@@ -187,16 +199,17 @@ def evaluate_text(args: argparse.Namespace, model: Transformer, tokenizer: Token
     if args.reference:
         of = f" of {args.reference}"
     print(f"\n{path} on {count} tokens of {args.text}; agreement with the last layer{of}")
-    print("exit   loss  perplexity  bits/byte  agreement")
+    print("draft  exit   loss  perplexity  bits/byte  agreement")
     for row in rows:
         print(
-            f"{row['exit_layer']:4d}  {row['loss']:.3f}  {row['perplexity']:10.3f}  "
+            f"{row['draft_precision']:5s}  {row['exit_layer']:4d}  {row['loss']:.3f}  {row['perplexity']:10.3f}  "
             f"{row['bits_per_byte']:9.3f}  {row['agreement']:9.1%}"
         )
 
 
 def score_text(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> tuple[int, list[tasks.Row]]:
-    """(number of tokens scored, a row for each exit: loss in nats per token, perplexity, bits per byte, agreement).
+    """(number of tokens scored, a row for each draft precision and exit: loss in nats per token, perplexity, bits per
+    byte, agreement).
 
     Raises InputError if the text can't be read or is too short, or --reference can't be compared.
     """
@@ -209,21 +222,34 @@ def score_text(args: argparse.Namespace, model: Transformer, tokenizer: Tokenize
         )
     reference = load_reference(args, tokenizer)
     model.drop_caches()
-    losses, agreement, count = evaluate(
-        LayerSkipLoss(model),
-        ids,
-        context,
-        args.batch_size,
-        args.max_tokens,
-        nullcontext(),
-        model.embed.weight.device,
-        reference,
-    )
     scale = (len(ids) - 1) / len(text.encode()) / math.log(2)  # bits per byte, if a token costs one nat
     rows = []
-    for i, (loss, share) in enumerate(zip(losses.tolist(), agreement.tolist(), strict=True), 1):
-        perplexity = math.exp(loss)
-        rows.append(dict(exit_layer=i, loss=loss, perplexity=perplexity, bits_per_byte=loss * scale, agreement=share))
+    for precision in dict.fromkeys(args.draft_precision or ["same"]):
+        layers, wanted = model.layers, reference
+        if precision != "same":
+            layers, wanted = model.rounded_layers(model.config.n_layer, precision), reference or model
+        losses, agreement, count = evaluate(
+            LayerSkipLoss(model),
+            ids,
+            context,
+            args.batch_size,
+            args.max_tokens,
+            nullcontext(),
+            model.embed.weight.device,
+            wanted,
+            layers,
+        )
+        for i, (loss, share) in enumerate(zip(losses.tolist(), agreement.tolist(), strict=True), 1):
+            rows.append(
+                dict(
+                    draft_precision=precision,
+                    exit_layer=i,
+                    loss=loss,
+                    perplexity=math.exp(loss),
+                    bits_per_byte=loss * scale,
+                    agreement=share,
+                )
+            )
     return count, rows
 
 
@@ -250,18 +276,23 @@ def load_reference(args: argparse.Namespace, tokenizer: Tokenizer) -> Transforme
 
 
 def plot(path: str, rows: list[tasks.Row], title: str) -> None:
-    """Draw perplexity and agreement over the exit layer, as a PNG."""
+    """Draw perplexity and agreement over the exit layer, for each draft precision, as a PNG."""
     plt = tasks.pyplot()
-    layers = [row["exit_layer"] for row in rows]
-    perplexity = [row["perplexity"] for row in rows]
-    agreement = [100 * row["agreement"] for row in rows]
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    lines = axis.plot(layers, perplexity, "o-", color="tab:blue", label="perplexity (left)")
     axis.set(title=title, xlabel="exit layer", ylabel="perplexity", yscale="log")
     other = axis.twinx()
-    lines += other.plot(layers, agreement, "s--", color="tab:orange", label="agreement, % (right)")
     other.set_ylim(0, 102)
-    axis.legend(handles=lines, loc="center right")
+    lines = []
+    for precision, marker in zip(dict.fromkeys(row["draft_precision"] for row in rows), "os^", strict=False):
+        own = [row for row in rows if row["draft_precision"] == precision]
+        layers = [row["exit_layer"] for row in own]
+        perplexity = [row["perplexity"] for row in own]
+        agreement = [100 * row["agreement"] for row in own]
+        lines += axis.plot(layers, perplexity, f"{marker}-", color="tab:blue", label=f"perplexity, {precision} (left)")
+        lines += other.plot(
+            layers, agreement, f"{marker}--", color="tab:orange", label=f"agreement in %, {precision} (right)"
+        )
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines) // 2)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

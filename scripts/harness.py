@@ -181,7 +181,7 @@ class Engine(TemplateLM):
 
 # Options that change what is asked or reported, not how a question is answered.
 ASKING = ("tasks", "limit", "num_fewshot", "log_samples", "run_code")
-TEXT = ("text", "window", "max_tokens", "reference")
+TEXT = ("text", "draft_precision", "window", "max_tokens", "reference")
 
 
 def run_tasks(args: argparse.Namespace, engine: Engine) -> dict[str, Any]:

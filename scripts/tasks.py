@@ -5,12 +5,14 @@ Prompts and their references come from a dataset of the hub, or from local files
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -21,8 +23,8 @@ import torch
 
 from checkpoint import dtype_name
 from command import InputError, add_threads, check_device, first_line, set_threads
-from drafters import Drafter
-from generate import CHECKPOINTS, Decoder, Sampling
+from drafters import Drafter, SelfDrafter
+from generate import CHECKPOINTS, NGRAM_K, Decoder, Sampling
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -256,7 +258,10 @@ def score(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
 
 
 def parser(
-    description: str | None, ks: list[int], exits: str = "all in the lower half", num_prompts: int = 4
+    description: str | None,
+    ks: list[int],
+    exits: str = "all in the lower half, with int8 and int4 all",
+    num_prompts: int = 4,
 ) -> argparse.ArgumentParser:
     """A parser with the shared options.
 
@@ -299,6 +304,13 @@ def add_decoding_options(g: argparse._ArgumentGroup, ks: list[int], exits: str) 
     """Speculation, sampling, and how to compute."""
     g.add_argument("--early_exit", "--exit_layer", type=int, nargs="+", help=f"exit layers to try; None means {exits}")
     g.add_argument("--speculate_k", "--num_speculations", type=int, nargs="+", default=ks, help="draft lengths to try")
+    g.add_argument(
+        "--draft_precision",
+        nargs="+",
+        choices=["same", "int8", "int4"],
+        default=["same"],
+        help="draft with the layers themselves, or with copies of them in int8 or int4, which may have all layers",
+    )
     g.add_argument("--temperature", type=float, default=0.0, help="0: always take the most likely token")
     g.add_argument("--top_k", type=int, help="draw only from the k most likely tokens")
     g.add_argument(
@@ -319,6 +331,14 @@ def add_decoding_options(g: argparse._ArgumentGroup, ks: list[int], exits: str) 
     )
     add_threads(g.add_argument)
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile decoding on a GPU")
+
+
+def add_ngram_options(p: argparse.ArgumentParser) -> None:
+    """For scripts that take n-gram drafts too."""
+    p.add_argument(
+        "--draft", choices=["ngram"], help="take n-gram drafts too: alone, and in front of every other setting"
+    )
+    p.add_argument("--ngram_k", type=int, default=NGRAM_K, help="length of n-gram drafts")
 
 
 def default_device() -> str:
@@ -359,10 +379,43 @@ def sampling(args: argparse.Namespace) -> Sampling:
     return Sampling(args.temperature, args.top_k, args.top_p)
 
 
-def grid(args: argparse.Namespace, n_layer: int) -> tuple[list[int], list[int]]:
-    """(exit layers, draft lengths) to try on a model of n_layer layers, both sorted."""
-    exits = args.early_exit or range(1, max(2, n_layer // 2 + 1))
-    return sorted(set(exits)), sorted(set(args.speculate_k))
+def exits(args: argparse.Namespace, n_layer: int) -> dict[str, list[int]]:
+    """{draft precision: exit layers to try, sorted} on a model of n_layer layers."""
+    copies = set(args.draft_precision) - {"same"}
+    chosen = {}
+    for precision in args.draft_precision:
+        most = n_layer if precision in copies else max(1, n_layer // 2)
+        own = set(args.early_exit or range(1, most + 1))
+        if copies and precision == "same":
+            own.discard(n_layer)  # is for the copies
+        if own:
+            chosen[precision] = sorted(own)
+    return chosen
+
+
+def ways(args: argparse.Namespace, n_layer: int) -> list[Row]:
+    """What `make_drafter` takes for every way to draft that the options name, on a model of n_layer layers: precisions,
+    exits and lengths, each also behind n-grams if these are asked for, and n-grams alone.
+    """
+    lengths = [0, args.ngram_k] if args.draft else [0]
+    found: list[Row] = []
+    for precision, own in exits(args, n_layer).items():
+        for e, k, ngram_k in itertools.product(own, args.speculate_k, lengths):
+            found.append(dict(draft_precision=precision, exit_layer=e, k=k, ngram_k=ngram_k))
+    if args.draft:
+        found.append(dict(ngram_k=args.ngram_k))
+    return found
+
+
+def describe(decoder: Decoder) -> str:
+    """How a decoder drafts, such as "n-gram K=8, self int8 E=3 K=4"."""
+    parts = []
+    for drafter in decoder.drafter.members():
+        if isinstance(drafter, SelfDrafter):
+            parts.append(f"{drafter.name} E={drafter.exit_layer} K={drafter.k}")
+        elif drafter.k:
+            parts.append(f"{drafter.name} K={drafter.k}")
+    return ", ".join(parts) or "plain"
 
 
 # Prompts and decoders, as the options describe them.
@@ -502,6 +555,16 @@ class Results:
         except (OSError, ValueError) as error:
             raise InputError(
                 f"--out {self.out}: {path} is not a file of results ({error}); delete it or name another"
+            ) from None
+
+    def by(self, *columns: str) -> dict[Any, Row]:
+        """{values in these columns: row}. Raises InputError if a row lacks one of them."""
+        try:
+            return {itemgetter(*columns)(row): row for row in self.rows}
+        except KeyError as error:
+            raise InputError(
+                f"--out {self.out}: {self.path} has no column {error}, so another version wrote it; "
+                "name another file, or delete this one"
             ) from None
 
     def add(self, row: Row) -> None:

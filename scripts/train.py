@@ -172,14 +172,15 @@ class LayerSkipLoss(nn.Module):
                 losses.append(torch.tensor(math.nan, device=x.device))
         return total, torch.stack(losses)
 
-    def exits(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def exits(self, tokens: Tensor, targets: Tensor, layers: Any) -> tuple[Tensor, Tensor]:
         """Of every exit: the cross entropy (L,) float32, summed over the targets (b, T), and the most likely tokens.
 
-        tokens, targets: (b, T) int64. The most likely tokens are (L, b, T) int64.
+        tokens, targets: (b, T) int64. layers: the model's own, or copies of them. The most likely tokens are (L, b, T)
+        int64.
         """
-        x, losses, choices = tokens, [], []
-        for i in range(self.model.config.n_layer):
-            x = self.model(x, None, i, i + 1)
+        x, losses, choices = self.model.embed(tokens), [], []
+        for layer in layers:
+            x = self.model.run([layer], x, None)
             logits = self.model.logits(x).float()  # (b, T, V)
             losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
             choices.append(logits.argmax(-1))
@@ -204,22 +205,24 @@ def evaluate(
     autocast: AbstractContextManager,
     device: torch.device,
     reference: Transformer | None = None,
+    layers: Any = None,
 ) -> Evaluation:
     """Loss and agreement of every exit, on windows of `context` tokens, spread evenly over ids (N,).
 
     At most max_tokens are scored (but one window at least), batch_size windows at a time, on `device`. autocast: the
     precision of the products. reference: the exits are compared with its last layer; None means the model's own.
+    layers: those that are scored, the model's own or copies of them; None means its own.
     """
     count = min((len(ids) - 1) // context, max(1, max_tokens // context))
     starts = torch.linspace(0, len(ids) - 1 - context, count).long()
-    n_layer = objective.model.config.n_layer
-    losses = torch.zeros(n_layer, dtype=torch.float64)
-    agreement = torch.zeros(n_layer, dtype=torch.float64)
+    layers = layers or objective.model.layers
+    losses = torch.zeros(len(layers), dtype=torch.float64)
+    agreement = torch.zeros(len(layers), dtype=torch.float64)
     for chunk in tqdm(starts.split(batch_size), desc="evaluating", leave=False, disable=None):
         windows = [ids[start : start + context + 1] for start in chunk.tolist()]
         batch = torch.stack(windows).long().to(device)  # (b, T + 1)
         with autocast:
-            loss, choices = objective.exits(batch[:, :-1], batch[:, 1:])
+            loss, choices = objective.exits(batch[:, :-1], batch[:, 1:], layers)
             wanted = choices[-1]
             if reference is not None:
                 wanted = reference.logits(reference(batch[:, :-1])).argmax(-1)

@@ -94,7 +94,9 @@ def test_going_on_from_the_copys_hidden_states_is_noticed(monkeypatch):
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_a_copy_is_the_rounded_layers_and_shares_all_else(precision):
     model = tiny_model(dtype=torch.bfloat16)
+    names = model.state_dict().keys()
     drafter = make_drafter(model, exit_layer=3, draft_precision=precision)
+    assert model.state_dict().keys() == names and drafter.head is not model.head  # a checkpoint keeps no copies
     model.setup_caches(40)  # after the copy was made
     matrices = 0
     for layer, twin in zip(model.layers, drafter.layers, strict=False):

@@ -2,15 +2,18 @@
 tiny models.
 """
 
+import argparse
 import csv
 import json
 import math
+import random
 import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import benchmark
 import correctness
@@ -22,7 +25,11 @@ import tune
 from checkpoint import load_model
 from command import InputError
 from conftest import ROOT, make_hf_model
+from drafters import QuantizedDrafter, SelfDrafter
 from generate import Decoder, Sampling
+from model import Linear
+from test_drafters import widen
+from test_generate import tiny_model
 
 DEMO = str(ROOT / "checkpoints" / "demo" / "model.pth")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -138,7 +145,10 @@ def test_a_speedup_is_that_of_all_prompts_by_their_medians():
 def test_results_go_on_only_with_the_same_settings(tmp_path):
     results = tasks.Results(tmp_path / "r", dict(a=1, b=[2]))
     results.add(dict(x=1))
-    assert tasks.Results(tmp_path / "r", dict(a=1, b=[2])).rows == [dict(x=1)]
+    results = tasks.Results(tmp_path / "r", dict(a=1, b=[2]))
+    assert results.rows == [dict(x=1)] and results.by("x") == {1: dict(x=1)}
+    with pytest.raises(InputError, match="r.jsonl has no column 'y', so another version wrote it; name another file"):
+        results.by("x", "y")
     with pytest.raises(InputError, match="was measured with a 1, not 2"):
         tasks.Results(tmp_path / "r", dict(a=2, b=[2]))
     (tmp_path / "r.jsonl").write_text("nonsense")
@@ -271,13 +281,14 @@ def test_sweep_goes_on_after_an_interrupt_and_auto_takes_what_it_stored(
         path, prompts, out, "--speculate_k", "1", "2", "--early_exit", "1"
     )  # of these cells (1, 1) is there already
     rows = list(csv.DictReader(Path(f"{out}.csv").read_text().splitlines()))
-    assert [(r["exit_layer"], r["k"]) for r in rows] == [("1", "1"), ("1", "3"), ("1", "2")] and (
-        tmp_path / "sweep.png"
-    ).read_bytes().startswith(PNG)
+    cells = [(r["draft_precision"], r["exit_layer"], r["k"]) for r in rows]
+    assert cells == [("same", "1", "1"), ("same", "1", "3"), ("same", "1", "2")]
+    assert (tmp_path / "sweep.png").read_bytes().startswith(PNG)
 
     settings = dict(tune.key(load_model(path), False, 0.0))
     entry = json.loads((tmp_path / "c" / "model.tune.json").read_text())
-    assert len(entry) == 1 and entry[0] == {**settings, "exit_layer": entry[0]["exit_layer"], "k": entry[0]["k"]}
+    chosen = {name: entry[0].pop(name) for name in ("exit_layer", "k", "draft_precision")}
+    assert entry == [settings] and chosen["draft_precision"] == "same"
     command = [
         "--checkpoint_path",
         str(path),
@@ -295,11 +306,15 @@ def test_sweep_goes_on_after_an_interrupt_and_auto_takes_what_it_stored(
         "--temperature",
         "0",
     ]
-    tune.store(path, settings, 2, 3)
+    tune.store(path, settings, 4, 3, "int8")
     capsys.readouterr()
     generate.main(command)
-    assert "auto: --early_exit 2 --speculate_k 3 (stored in" in capsys.readouterr().out
-    tune.store(path, settings, None, 1)
+    expected = "auto: --self_speculative --early_exit 4 --speculate_k 3 --draft_precision int8 (stored in"
+    assert expected in capsys.readouterr().out
+    (tmp_path / "c" / "model.tune.json").write_text(json.dumps([{**settings, "exit_layer": 2, "k": 3}]))
+    generate.main(command)  # what was stored before there were draft precisions
+    assert "auto: --self_speculative --early_exit 2 --speculate_k 3 (stored in" in capsys.readouterr().out
+    tune.store(path, settings, None, 1, "same")
     generate.main(command)
     assert "auto: plain decoding, which no draft beats (stored in" in capsys.readouterr().out
     generate.main(command + ["--temperature", "0.5"])  # nothing is stored for sampling
@@ -309,24 +324,71 @@ def test_sweep_goes_on_after_an_interrupt_and_auto_takes_what_it_stored(
         generate.main(command)
 
 
+def test_sweep_goes_over_draft_precisions_and_stores_the_fastest(checkpoint, prompts, tmp_path, monkeypatch, capsys):
+    def measure(plain, decoder, *rest):
+        """As if the copy of all layers were the fastest."""
+        e, k, speedup = decoder.exit_layer, decoder.K, 0.5
+        if decoder.drafter.precision == "int8" and e == 4:
+            speedup = 1.5
+        rates = dict(tokens_per_second=9.0 * speedup, plain_tokens_per_second=9.0)
+        return dict(exit_layer=e, k=k, **rates, speedup=speedup, speedup_low=1.0, speedup_high=2.0, seconds=1.0)
+
+    def round_cost(decoder, *rest):
+        return 1 if decoder.drafter.precision == "int8" and decoder.exit_layer == 4 else 9
+
+    shutil.copytree(checkpoint("llama2").parent, tmp_path / "c")
+    path, out = tmp_path / "c" / "model.pth", tmp_path / "s"
+    monkeypatch.setattr(sweep, "measure", measure)
+    monkeypatch.setattr(tune, "round_cost", round_cost)
+    grid = ["--draft_precision", "same", "int8", "--early_exit", "2", "4", "--speculate_k", "2"]
+    run_sweep(path, prompts, out, *grid)
+    run_sweep(path, prompts, out, *grid, "--predict")
+    for table in ("s.csv", "s.predicted.csv"):
+        rows = list(csv.DictReader((tmp_path / table).read_text().splitlines()))
+        cells = [(row["draft_precision"], row["exit_layer"]) for row in rows]
+        assert cells == [("same", "2"), ("int8", "2"), ("int8", "4")]  # the last layer itself can't draft
+        assert max(rows, key=lambda row: float(row["speedup"])) is rows[2]
+    assert (tmp_path / "s.predicted.png").read_bytes().startswith(PNG)
+    chosen = "--self_speculative --early_exit 4 --speculate_k 2 --draft_precision int8"
+    assert capsys.readouterr().out.count(f"fastest: {chosen}; the best drafts reach 13.5 tokens/s") == 2
+    assert tune.stored(path, tune.key(load_model(path), False, 0.0))[:3] == (4, 2, "int8")
+
+
+def test_exits_that_are_tried_if_none_is_named():
+    names = dict(draft_precision=["int4", "same"], early_exit=None)
+    assert tasks.exits(argparse.Namespace(**names), 5) == {"int4": [1, 2, 3, 4, 5], "same": [1, 2]}
+    assert tasks.exits(argparse.Namespace(**names), 1) == {"int4": [1]}
+    names["draft_precision"] = ["same"]
+    assert tasks.exits(argparse.Namespace(**names), 1) == {"same": [1]}  # which then is refused
+
+
+def builder(model):
+    """What `tune` builds decoders with."""
+
+    def build(precision, e, k, rows):
+        return Decoder(model, exit_layer=e, k=k, draft_precision=precision, rows=rows)
+
+    return build
+
+
 @pytest.mark.parametrize("room", [1, 2, 3])
 def test_auto_where_the_prompt_all_but_fills_the_context(checkpoint, room):
     model = load_model(checkpoint("llama2"))
 
-    def build(e, k, rows):
-        return Decoder(model, exit_layer=e, k=k, rows=rows) if e else Decoder(model, rows=rows)
-
     prompt = [5] * (model.config.context + 1 - room)
     if room < 3:
         with pytest.raises(InputError, match="leave no room to calibrate in"):
-            tune.calibrate({"same": build}, model, prompt)
+            tune.calibrate(builder(model), ["same"], model, prompt)
     else:
-        assert tune.calibrate({"same": build}, model, prompt)[1] >= 1
+        assert tune.calibrate(builder(model), ["same"], model, prompt)[1] >= 1
 
 
 @pytest.mark.parametrize(
     "seconds,expected",
-    [(lambda e, k: 0.5 + 0.1 * k * e, "--early_exit"), (lambda e, k: 50.0, "plain decoding, which no draft beats")],
+    [
+        (lambda e, k: 0.5 + 0.1 * k * e, "--self_speculative"),
+        (lambda e, k: 50.0, "plain decoding, which no draft beats"),
+    ],
 )
 def test_auto_decodes_plainly_where_drafting_costs_too_much(checkpoint, monkeypatch, capsys, seconds, expected):
     monkeypatch.setattr(tune, "round_cost", lambda decoder, *rest: seconds(decoder.exit_layer, decoder.K))
@@ -348,18 +410,61 @@ def test_auto_decodes_plainly_where_drafting_costs_too_much(checkpoint, monkeypa
     assert f"auto: {expected}" in capsys.readouterr().out
 
 
+PRECISIONS = ["same", "int8", "int4"]
+
+
+@pytest.mark.parametrize("cheap", PRECISIONS)
+def test_auto_takes_the_cheap_precision(checkpoint, monkeypatch, capsys, cheap):
+    def round_cost(decoder, *rest):
+        return 0.5 if decoder.drafter.precision == cheap else 9
+
+    monkeypatch.setattr(tune, "round_cost", round_cost)
+    command = "--self_speculative --speculate_k auto --early_exit auto --num_samples 1 --max_new_tokens 8 --device cpu"
+    generate.main(["--checkpoint_path", str(checkpoint("llama2")), *command.split()])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("auto: "))
+    assert "--early_exit" in line and line.count("--draft_precision") == (cheap != "same")
+    assert cheap == "same" or f"--draft_precision {cheap} (" in line
+
+
+def test_auto_chooses_the_fastest_setting_and_none_slower_than_plain_decoding(monkeypatch):
+    """By made-up costs of a round, and the rounds that every setting really takes."""
+    model, prompt, chosen = tiny_model(), [5, 6, 7], []
+    monkeypatch.setattr(tune, "CALIBRATION_K", 3)
+    rounds = {}
+    for precision in PRECISIONS:
+        for e in range(1, 5 - (precision == "same")):
+            for k in (1, 2, 3):
+                decoder = builder(model)(precision, e, k, 80)
+                list(decoder.generate(prompt, tune.CALIBRATION_TOKENS))
+                rounds[precision, e, k] = sum(decoder.stats.accept_counts)
+    for seed in range(12):
+        g = random.Random(seed)
+        numbers = {precision: (g.uniform(0.3, 4), g.uniform(0, 0.1)) for precision in PRECISIONS}
+
+        def cost(precision, e, k, numbers=numbers):
+            return numbers[precision][0] + numbers[precision][1] * e * k
+
+        def round_cost(decoder, *rest, cost=cost):
+            return cost(decoder.drafter.precision, decoder.exit_layer, decoder.K)
+
+        monkeypatch.setattr(tune, "round_cost", round_cost)
+        e, k, precision, _ = tune.calibrate(builder(model), PRECISIONS, model, prompt)
+        gains = {cell: (tune.CALIBRATION_TOKENS - 1) / (count * cost(*cell)) for cell, count in rounds.items()}
+        gain = gains[precision, e, k] if e else 1.0
+        assert gain >= 1 and gain >= 0.9 * max(gains.values())  # a copy's chances are taken a little too low
+        chosen.append((precision, e is None))
+    assert len(set(chosen)) == 4  # each precision, and plain decoding
+
+
 def test_predict_finds_the_counts_of_every_cell_and_interpolates_the_cost(checkpoint, monkeypatch):
     model, tokens, prompts = load_model(checkpoint("llama3.2")), 24, [[5, 6, 7], [40, 41]]
-
-    def build(e, k, rows):
-        return Decoder(model, exit_layer=e, k=k, rows=rows) if e else Decoder(model, rows=rows)
-
+    build = builder(model)
     monkeypatch.setattr(
         tune, "round_cost", lambda decoder, *rest: 1 + 0.5 * decoder.K + 0.25 * decoder.exit_layer * decoder.K
     )
-    predicted = tune.predict(build, prompts, tokens, [1, 2, 3], [1, 2, 3, 4], [1, 4], repeats=1)
-    for (e, k), (gain, counts) in predicted.items():
-        decoder, found = build(e, k, 60), [0] * (k + 1)
+    predicted = tune.predict(build, prompts, tokens, {"same": [1, 2, 3]}, [1, 2, 3, 4], [1, 4], repeats=1)
+    for (precision, e, k), (gain, counts) in predicted.items():
+        decoder, found = build(precision, e, k, 60), [0] * (k + 1)
         for prompt in prompts:
             list(decoder.generate(prompt, tokens))
             found = [a + b for a, b in zip(found, decoder.stats.accept_counts, strict=False)]
@@ -399,6 +504,10 @@ def test_sweep_predicts_the_demo_checkpoint(tmp_path, capsys):
     [
         (["--early_exit", "4"], "--early_exit 4: the model has 4 layers, so 1 to 3 can be drafted with"),
         (["--early_exit", "0", "1"], "--early_exit 0: the model has 4 layers, so 1 to 3 can be drafted with"),
+        (
+            ["--early_exit", "5", "--draft_precision", "int8"],
+            "--early_exit 5: the model has 4 layers, so 1 to 4 can be drafted with",
+        ),
         (["--repeats", "0"], "--repeats 0: must be 1 or more"),
         (["--num_prompts", "0"], "--num_prompts 0: must be 1 or more"),
         (["--max_new_tokens", "128"], "no prompt leaves room for 128 new tokens in the context of 128"),
@@ -467,6 +576,36 @@ def test_correctness_judges_sampled_text_by_its_distribution(checkpoint, prompts
     monkeypatch.setattr(generate, "accept", accept_everything)
     with pytest.raises(SystemExit, match="does NOT have the model's distribution"):
         run_correctness(checkpoint("llama2"), prompts, tmp_path / "bad", *sampled)
+
+
+EVERY = ["--draft_precision", "same", "int4", "--draft", "ngram", "--early_exit", "2", "4", "--speculate_k", "3"]
+WAYS = ["self E=2 K=3", "self int4 E=2 K=3", "self int4 E=4 K=3"]
+
+
+def test_correctness_of_every_drafter(checkpoint, prompts, tmp_path, monkeypatch):
+    """Copies broken on purpose are found, and nothing else."""
+    short, expected = [*EVERY, "--max_new_tokens", "25"], []
+    for way in WAYS:
+        expected += [way, f"n-gram K=8, {way}"]
+    run_correctness(checkpoint("llama2"), prompts, tmp_path / "good", *short)
+    rows = [json.loads(line) for line in (tmp_path / "good.jsonl").read_text().splitlines()[1:]]
+    assert [row["decoding"] for row in rows] == [*expected, "n-gram K=8"]
+    assert all(row["tokens"] == 75 and row["different"] == 0 for row in rows)
+    monkeypatch.setattr(QuantizedDrafter, "verify_from", SelfDrafter.verify_from)
+    with pytest.raises(SystemExit, match="NOT what plain decoding writes"):
+        run_correctness(checkpoint("llama2"), prompts, tmp_path / "copy", *short, "--early_exit", "2")
+    rows = [json.loads(line) for line in (tmp_path / "copy.jsonl").read_text().splitlines()[1:]]
+    assert {row["decoding"] for row in rows if row["different"]} == set(expected[2:4])
+
+
+def test_sampled_text_of_every_drafter(checkpoint, prompts, tmp_path, monkeypatch):
+    sampled = [*EVERY, "--temperature", "0.9", "--top_p", "0.95"]
+    run_correctness(checkpoint("llama2"), prompts, tmp_path / "good", *sampled)
+    monkeypatch.setattr(generate, "accept", accept_everything)
+    with pytest.raises(SystemExit, match="does NOT have the model's distribution"):
+        run_correctness(checkpoint("llama2"), prompts, tmp_path / "bad", *sampled)
+    rows = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()[1:]]
+    assert len(rows) == 7 and all(row["p_value"] < 0.01 for row in rows)
 
 
 def test_a_difference_is_explained_by_rounding_or_not(checkpoint):
@@ -764,6 +903,35 @@ def test_evaluation_of_a_text_at_every_exit_of_the_demo_checkpoint(tmp_path, cap
     )
 
 
+def test_evaluation_of_a_text_at_every_exit_of_a_copy(bpe_folder, tmp_path):
+    """Against a float model with the weights that the copy's stand for."""
+    path, text = bpe_folder[1], "def f(x): return value + x * 2\n" * 30
+    (tmp_path / "t.txt").write_text(text)
+    common = ["--checkpoint_path", str(path), "--text", str(tmp_path / "t.txt"), "--device", "cpu", "--window", "64"]
+    evaluation.main([*common, "--draft_precision", "same", "int4", "--out", str(tmp_path / "e")])
+    rows = list(csv.DictReader((tmp_path / "e.text.csv").read_text().splitlines()))
+    assert [(row["draft_precision"], row["exit_layer"]) for row in rows] == [
+        (precision, str(e)) for precision in ("same", "int4") for e in (1, 2, 3, 4)
+    ]
+    model, other = load_model(path), load_model(path)
+    for layer, copied in zip(other.layers, model.rounded_layers(4, "int4"), strict=True):
+        for module, rounded in zip(layer.modules(), copied.modules(), strict=True):
+            if isinstance(module, Linear):
+                module.weight = nn.Parameter(widen(rounded), requires_grad=False)
+    ids = torch.tensor(generate.Tokenizer.load(path.parent).encode(text))
+    count = (len(ids) - 1) // 64
+    windows = torch.stack([ids[s : s + 65] for s in torch.linspace(0, len(ids) - 65, count).long().tolist()])
+    with torch.inference_mode():
+        wanted = model.logits(model(windows[:, :-1])).argmax(-1)
+        for e in (1, 2, 3, 4):
+            logits = model.logits(other(windows[:, :-1], None, 0, e))
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+            agreement = (logits.argmax(-1) == wanted).double().mean()
+            assert float(rows[3 + e]["loss"]) == pytest.approx(loss.item(), abs=1e-4)
+            assert float(rows[3 + e]["agreement"]) == pytest.approx(agreement.item(), abs=0.01)
+    assert float(rows[3]["agreement"]) == 1 > float(rows[7]["agreement"])
+
+
 @pytest.mark.parametrize(
     "more,words",
     [
@@ -780,6 +948,7 @@ def test_evaluation_of_a_text_at_every_exit_of_the_demo_checkpoint(tmp_path, cap
         (["--text", "short.txt"], "more than the window of 128 are needed"),
         (["--text", "long.txt", "--reference", DEMO], "has another tokenizer"),
         (["--tasks", "local_text", "--limit", "0"], "--limit 0: must be 1 or more"),
+        (["--tasks", "local_text", "--draft_precision", "int8"], "--draft_precision is for --text"),
     ],
 )
 def test_bad_evaluations_end_in_one_line(bpe_folder, local_tasks, tmp_path, quick_harness, monkeypatch, more, words):
