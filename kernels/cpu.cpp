@@ -67,6 +67,29 @@ static inline float sum(vec v) {
   return (b[0] + b[2]) + (b[1] + b[3]);
 }
 
+// Half of the lanes of x and of y: `Upper` of them or lower ones of each 2 H lanes. Those of x and y alternate, H by H.
+template <int H, bool Upper>
+[[gnu::always_inline]] static inline vec halves(vec x, vec y) {
+  ivec from;
+  for (int i = 0; i < W; i++) from[i] = (i / H % 2) * W + i / (2 * H) * 2 * H + i % H + (Upper ? H : 0);
+  return __builtin_shuffle(x, y, from);
+}
+
+template <int H>
+[[gnu::always_inline]] static inline void add_halves(vec* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < H; i++) v[i] = halves<H, false>(v[i], v[i + H]) + halves<H, true>(v[i], v[i + H]);
+}
+
+// Lane i of the result is `sum` of v[i], of W vectors, by the same additions.
+[[gnu::always_inline]] static inline vec sums(vec* v) {
+  if constexpr (W == 16) add_halves<8>(v);
+  add_halves<4>(v);
+  add_halves<2>(v);
+  add_halves<1>(v);
+  return v[0];
+}
+
 // exp(x) for x <= 0 to about 2 ulp: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients).
 static inline vec exponential(vec x) {
   x = x < -87.0f ? vec{} - 87.0f : x;
@@ -153,7 +176,11 @@ static void team(F work) {
 #ifdef _OPENMP
   std::atomic<bool> slow = false;
 #pragma omp parallel num_threads(team_size.threads())
-  work(Member{omp_get_thread_num(), omp_get_num_threads(), &slow});
+  {
+    Member me{omp_get_thread_num(), omp_get_num_threads(), &slow};
+    work(me);
+    me.meet();
+  }
   if (slow) team_size.waited_long();
 #else
   work(Member{0, 1, nullptr});
@@ -230,9 +257,21 @@ template <int M, int R, typename T>
       for (int r = 0; r < R; r++) acc[r][m] += v[r] * own;
     }
   }
+  float total[(R * M + W - 1) / W * W];
+  if constexpr (R * M == 1) {
+    total[0] = sum(acc[0][0]);
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < R * M; i += W) {
+      vec some[W] = {};
+#pragma GCC unroll 16
+      for (int j = 0; j < std::min(W, R * M - i); j++) some[j] = acc[(i + j) / M][(i + j) % M];
+      *(vec*)(total + i) = sums(some);
+    }
+  }
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++) {
-      float s = sum(acc[r][m]);
+      float s = total[r * M + m];
       for (int64_t j = k; j < K; j++) s = std::fma((float)rows[r * K + j], x[m * K + j], s);
       y[m * N + n + r] = s;
     }
@@ -437,37 +476,93 @@ static void rotate(float* x, const float* cos, const float* sin, int64_t C) {
   }
 }
 
-// One query over cache rows 0..last: y (C) = softmax(q k^T / sqrt(C)) v. score has room for last + W floats.
+constexpr int TOGETHER = 4;  // queries that read keys and values together
+
+// One query: q (C) over cache rows 0..last into y (C).
+struct Query {
+  const float* q;
+  float* y;
+  int64_t last;
+};
+
+// The scores q k^T of W keys (C each) and a query q (C), of which the first `seen` count: the others are -inf.
 template <typename T>
-static void attend(const float* q, const T* k, const T* v, float* y, int64_t last, int64_t C, float* score) {
-  int64_t n = last + 1, padded = (n + W - 1) / W * W;
-  float wide[512], out[512] = {};
-  for (int64_t c = 0; c < C; c++) wide[c] = q[c] / std::sqrt((float)C);
-  float top = -INFINITY;
-  for (int64_t s = 0; s < n; s++) {
-    vec acc = {};
-    int64_t c = 0;
-    for (; c + W <= C; c += W) acc += load(k + s * C + c) * load(wide + c);
-    float dot = sum(acc);
-    for (; c < C; c++) dot = std::fma((float)k[s * C + c], wide[c], dot);
-    score[s] = dot;
-    top = std::max(top, dot);
+[[gnu::always_inline]] static inline vec key_scores(const float* q, const T* const* key, int64_t seen, int64_t C) {
+  vec dot[W] = {};
+  int64_t c = 0;
+  for (; c + W <= C; c += W) {
+    const vec own = load(q + c);
+#pragma GCC unroll 16
+    for (int j = 0; j < W; j++) dot[j] += load(key[j] + c) * own;
   }
-  for (int64_t s = n; s < padded; s++) score[s] = -INFINITY;
-  vec total = {};
-  for (int64_t s = 0; s < padded; s += W) {
-    vec e = exponential(load(score + s) - top);
-    *(vec*)(score + s) = e;
-    if (s + W <= n) total += e;
+  vec score = sums(dot);
+  for (; c < C; c++)
+    for (int j = 0; j < W; j++) score[j] = std::fma((float)key[j][c], q[c], score[j]);
+  ivec lane;
+  for (int j = 0; j < W; j++) lane[j] = j;
+  return lane < (int32_t)std::clamp<int64_t>(seen, 0, W) ? score : vec{} - INFINITY;
+}
+
+// Columns [c, c + N * W) of each query's sum over its cache rows of weight * value.
+template <int Q, int N, typename T>
+[[gnu::always_inline]] static inline void mix(const Query* query, const float* weight, int64_t room, const T* v,
+                                              int64_t C, int64_t c, int64_t shared) {
+  vec acc[Q][N] = {};
+  auto add = [&](int q, int64_t s) {
+    for (int i = 0; i < N; i++) acc[q][i] += load(v + s * C + c + i * W) * weight[q * room + s];
+  };
+  for (int64_t s = 0; s < shared; s++)
+#pragma GCC unroll 4
+    for (int q = 0; q < Q; q++) add(q, s);
+#pragma GCC unroll 4
+  for (int q = 0; q < Q; q++) {
+    for (int64_t s = shared; s <= query[q].last; s++) add(q, s);
+    for (int i = 0; i < N; i++) *(vec*)(query[q].y + c + i * W) = acc[q][i];
   }
-  float norm = sum(total);
-  for (int64_t s = n / W * W; s < n; s++) norm += score[s];
-  for (int64_t s = 0; s < n; s++) {
-    int64_t c = 0;
-    for (; c + W <= C; c += W) *(vec*)(out + c) += load(v + s * C + c) * score[s];
-    for (; c < C; c++) out[c] = std::fma((float)v[s * C + c], score[s], out[c]);
+}
+
+// Q queries over the same keys and values: y (C) = softmax(q k^T / sqrt(C)) v. Each query is computed by the same
+// sequence of operations, whichever others go with it. score has room for Q times `room` floats, room a multiple of W.
+template <int Q, typename T>
+[[gnu::noinline]] static void attend(const Query* query, const T* k, const T* v, int64_t C, float* score,
+                                     int64_t room) {
+  float wide[Q][512], total[Q];
+  int64_t most = query[0].last, shared = query[0].last + 1;  // the last row that any sees, the rows that all see
+  for (int q = 0; q < Q; q++) {
+    most = std::max(most, query[q].last);
+    shared = std::min(shared, query[q].last + 1);
+    for (int64_t c = 0; c < C; c++) wide[q][c] = query[q].q[c] / std::sqrt((float)C);
   }
-  for (int64_t c = 0; c < C; c++) y[c] = out[c] / norm;
+  for (int64_t s = 0; s <= most; s += W) {
+    const T* key[W];
+    for (int j = 0; j < W; j++) key[j] = k + std::min(s + j, most) * C;
+    for (int64_t i = 0; i < W * C; i += 64 / sizeof(T)) __builtin_prefetch(k + (s + 2 * W) * C + i);
+    for (int q = 0; q < Q; q++) *(vec*)(score + q * room + s) = key_scores(wide[q], key, query[q].last + 1 - s, C);
+  }
+  for (int q = 0; q < Q; q++) {
+    float *own = score + q * room, top = -INFINITY;
+    vec tops = vec{} - INFINITY, all = {};
+    for (int64_t s = 0; s <= most; s += W) tops = load(own + s) > tops ? load(own + s) : tops;
+    for (int j = 0; j < W; j++) top = std::max(top, tops[j]);
+    for (int64_t s = 0; s <= most; s += W) {
+      vec score = load(own + s), e = exponential(score - top);
+      e = score == -INFINITY ? vec{} : e;
+      *(vec*)(own + s) = e;
+      all += e;
+    }
+    total[q] = sum(all);
+  }
+  int64_t c = 0;
+  for (; c + 4 * W <= C; c += 4 * W) mix<Q, 4>(query, score, room, v, C, c, shared);
+  for (; c + W <= C; c += W) mix<Q, 1>(query, score, room, v, C, c, shared);
+  for (int q = 0; q < Q; q++) {
+    float* y = query[q].y;
+    for (int64_t i = c; i < C; i++) {
+      y[i] = 0;
+      for (int64_t s = 0; s <= query[q].last; s++) y[i] = std::fma((float)v[s * C + i], score[q * room + s], y[i]);
+    }
+    for (int64_t i = 0; i < C; i++) y[i] /= total[q];
+  }
 }
 
 using MaybeTensors = c10::List<std::optional<at::Tensor>>;
@@ -585,7 +680,8 @@ struct Pass {
 
   // A member's part in the pass: x after the layers, whose keys and values go into the caches.
   void run(Member me) {
-    std::vector<float> normed(M * D), score(pos[L - 1] + 1 + W);
+    const int64_t room = (pos[L - 1] + W) / W * W;
+    std::vector<float> normed(M * D), score(TOGETHER * room);
     // Adds y's columns [begin, end) to x, in the precision that hidden states have between layers.
     auto add = [&](const std::vector<float>& y, int64_t begin, int64_t end) {
       for (int64_t m = 0; m < M; m++)
@@ -636,9 +732,21 @@ struct Pass {
       }
       me.meet();
       // i counts (b, h, t), so that neighbours share keys.
-      for (int64_t i = M * H * me.index / me.count; i < M * H * (me.index + 1) / me.count; i++) {
-        int64_t t = i % L, h = i / L % H, b = i / L / H, m = b * L + t, cache = (b * G + h / (H / G)) * S * C;
-        attend(&qkv[(m * (H + 2 * G) + h) * C], k + cache, v + cache, &mixed[(m * H + h) * C], pos[t], C, score.data());
+      const int64_t shared = H / G * L, end_i = M * H * (me.index + 1) / me.count;
+      for (int64_t i = M * H * me.index / me.count, count; i < end_i; i += count) {
+        count = std::min({end_i - i, shared - i % shared, (int64_t)TOGETHER});
+        Query query[TOGETHER];
+        for (int64_t j = 0; j < count; j++) {
+          int64_t t = (i + j) % L, h = (i + j) / L % H, m = (i + j) / L / H * L + t;
+          query[j] = {&qkv[(m * (H + 2 * G) + h) * C], &mixed[(m * H + h) * C], pos[t]};
+        }
+        const int64_t cache = i / shared * S * C;
+        switch (count) {
+          case 1: attend<1>(query, k + cache, v + cache, C, score.data(), room); break;
+          case 2: attend<2>(query, k + cache, v + cache, C, score.data(), room); break;
+          case 3: attend<3>(query, k + cache, v + cache, C, score.data(), room); break;
+          case 4: attend<4>(query, k + cache, v + cache, C, score.data(), room); break;
+        }
       }
       me.meet();
       product(mixed.data(), M, layer.out, hidden.data(), d_begin, d_end);

@@ -1,5 +1,7 @@
 """The kernels against float64, and their promise that a row never depends on its neighbours."""
 
+import os
+import platform
 import subprocess
 import sys
 from functools import partial
@@ -277,6 +279,21 @@ def test_gpu_norm(dtype, triton):
     y = alone(lambda rows: cuda.norm(x[:, rows].to(GPU), w.to(GPU), 1e-5), 5)
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * w.double()
     torch.testing.assert_close(y.double(), exact, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86")
+@pytest.mark.parametrize("without", ["-mno-avx512f", "-mno-avx512f -mno-avx2 -mno-avx -mno-fma"])
+def test_narrower_vectors(without, tmp_path):
+    """The tests above, where the processor has no AVX-512, or no vectors that the source knows by name."""
+    chosen = "not gpu and ((linear and 130-320) or layers or panels or gates or threads)"
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-k", chosen, __file__],
+        env={**os.environ, "CXX": f"g++ {without}", "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-4000:]
 
 
 def test_says_so_without_a_compiler(tmp_path):
