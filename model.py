@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import kernels
 from command import InputError, check_memory
-from kernels import cpu, formats
+from kernels import cpu, formats, fused
 from kernels.formats import GROUPSIZES
 
 # The kinds of RoPE scaling, by the names that config.json has for them, and the numbers that each wants.
@@ -311,7 +311,7 @@ class Block(nn.Module):
 
 
 def run_layers(layers: Any, x: Tensor, pos: Tensor, rope: tuple[Tensor, Tensor], shard: Any) -> Tensor:
-    """The same as calling the layers one after the other, as one operation of the CPU's kernels."""
+    """The same as calling the layers one after the other, as one operation of the CPU's or the fused kernels."""
     norms, matrices, k_caches, v_caches = [], [], [], []
     for layer in layers:
         attention, ffn = layer.attention, layer.ffn
@@ -324,7 +324,9 @@ def run_layers(layers: Any, x: Tensor, pos: Tensor, rope: tuple[Tensor, Tensor],
     zeros = [matrix.zero for matrix in matrices]
     group = (shard.group, shard.size) if shard else ()
     eps = layers[0].attention_norm.eps
-    return torch.ops.layerskip.layers(x, pos, *rope, norms, weights, scales, zeros, k_caches, v_caches, eps, *group)
+    cuda = kernels.backend(x, x.shape[0] * x.shape[1]) == "cuda"
+    run = fused.layers if cuda else torch.ops.layerskip.layers
+    return run(x, pos, *rope, norms, weights, scales, zeros, k_caches, v_caches, eps, *group)
 
 
 class Transformer(nn.Module):
@@ -438,7 +440,8 @@ class Transformer(nn.Module):
     def run(self, layers: Any, x: Tensor, pos: Tensor | None) -> Tensor:
         """Run these layers, the model's own or copies of them, on hidden states x (B, T, D), as `forward` does."""
         pos, rope, cached = self.positions(x.shape[1], pos)
-        if cached and kernels.backend(x, x.shape[0] * x.shape[1]) == "cpu":
+        kind = kernels.backend(x, x.shape[0] * x.shape[1]) if cached else None
+        if kind == "cpu" or (kind == "cuda" and kernels.fuse and not self.shard):
             return run_layers(layers, x, pos, rope, self.shard)
         for layer in layers:
             x = layer(x, pos, rope, cached)
