@@ -90,13 +90,14 @@ class Compiler:
         registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", look("cuobjdump", "--dump-resource-usage")).groups()
         found = dict(kernel=self.name, arch=self.arch, constants=constants, options=options)
         found |= dict(registers=int(registers), stack=int(stack), shared=result.metadata.shared)
+        listing = look("nvdisasm", "-c")
+        found["waits"] = "ACQBULK" in listing  # for the kernel ahead of it
         if "BLOCK_K" in constants:
-            listing = look("nvdisasm", "-c")
             named = dict(zip(self.kernel.arg_names, args, strict=True))
             w = named["w"]
             nbytes = constants["BLOCK_N"] * constants["BLOCK_K"] * w.itemsize * w.shape[1] // named["K"]  # in a step
             clocks = longest_loop(listing) * options["num_warps"] / 4 * 8192 / nbytes
-            found |= dict(weights=signature["w"], clocks=clocks, waits="ACQBULK" in listing)
+            found |= dict(weights=signature["w"], clocks=clocks)
         print(json.dumps(found))
 
 
@@ -182,3 +183,10 @@ def test_instructions_for_8_kb_of_weights(compiled, weights, most):
     """Clocks that the four schedulers of a multiprocessor need at least; an H100 reads 8 KB for each in some 565."""
     clocks = [k["clocks"] for k in compiled if k["kernel"] == "cuda.linear_kernel" and k["weights"] == weights]
     assert clocks and min(clocks) > 20 and max(clocks) < most, clocks
+
+
+def test_fused_kernels_wait_and_their_norms_take_no_longer_than_reading(compiled):
+    for kernel in compiled:
+        if kernel["kernel"].startswith("fused."):
+            assert kernel["waits"] == (kernel["arch"] == 90)
+            assert kernel.get("weights") == "*u8" or kernel.get("clocks", 0) < 565, kernel
