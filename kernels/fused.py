@@ -168,7 +168,7 @@ if triton:
             if not is_last(arrived + block, SPLITS):
                 return
             acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
-            for s in range(0, SPLITS):
+            for s in tl.static_range(SPLITS):  # unrolled, so that all are loaded at once
                 acc += tl.load(parts + (s * M + m)[:, None] * N + j[None, :], mask=inside, other=0)
         out = acc.to(y.dtype.element_ty)
         width = N
@@ -256,30 +256,38 @@ if triton:
             return
         c = tl.arange(0, BLOCK_C)
         cache = (b * G + g).to(tl.int64) * S * C
+        first = b * T * (GROUP + 2) * G  # of this sequence's rows in qkv
         t = tl.arange(0, TOKENS)
-        p = tl.load(pos + t, mask=t < T, other=0)
-        new = ((t < T) & (p // SPLIT == split))[:, None] & (c < C)[None, :]
-        source = (b * T + t) * (GROUP + 2) * G + GROUP * G + g
-        at = cache + p[:, None] * C + c[None, :]
-        tl.store(k + at, rotated(qkv, source, cos, sin, t, c, new, C), mask=new)
-        tl.store(v + at, tl.load(qkv + (source + G)[:, None] * C + c[None, :], mask=new, other=0), mask=new)
-        tl.debug_barrier()  # the new rows are there for all of this program's threads
+        key = first + t * (GROUP + 2) * G + GROUP * G + g
+        write_new(qkv, key, cos, sin, k + cache, v + cache, pos, t, T, c, split, G, C, SPLIT)
         row = tl.arange(0, ROWS)  # the group's heads of every query
         t = row // GROUP
         head = g * GROUP + row % GROUP
         inside = (t < T)[:, None] & (c < C)[None, :]
         limit = tl.load(pos + t, mask=t < T, other=-1)  # a query sees cache rows up to its own position
-        query = rotated(qkv, (b * T + t) * (GROUP + 2) * G + head, cos, sin, t, c, inside, C)
+        query = rotated(qkv, first + t * (GROUP + 2) * G + head, cos, sin, t, c, inside, C)
         acc, top, total = attend_part(query, k + cache, v + cache, limit, split, last, c, C, factor, SPLIT, BLOCK_S)
-        first = (b * G + g) * tl.num_programs(0)
-        out = (first + split) * ROWS + row
+        parts = (b * G + g) * tl.num_programs(0)  # the first of this group's
+        out = (parts + split) * ROWS + row
         tl.store(part + out[:, None] * C + c[None, :], acc, mask=inside)
         tl.store(stat + out * 2, top, mask=t < T)
         tl.store(stat + out * 2 + 1, total, mask=t < T)
         count = last // SPLIT + 1
         if is_last(arrived + b * G + g, count):
-            value = combined(part, stat, row, c, first, count, C, ROWS).to(y.dtype.element_ty)
+            value = combined(part, stat, row, c, parts, count, C, ROWS).to(y.dtype.element_ty)
             tl.store(y + ((b * T + t) * GROUP * G + head)[:, None] * C + c[None, :], value, mask=inside)
+
+    @triton.jit
+    def write_new(qkv, row, cos, sin, k, v, pos, t, T, c, split, G, C: tl.constexpr, SPLIT: tl.constexpr):
+        """Write those of a head's new keys and values, in rows row and row + G of qkv, that belong to part `split` of
+        its cache rows k and v (S, C). After it, all of this program's threads can read them.
+        """
+        p = tl.load(pos + t, mask=t < T, other=0)
+        new = ((t < T) & (p // SPLIT == split))[:, None] & (c < C)[None, :]
+        at = p[:, None] * C + c[None, :]
+        tl.store(k + at, rotated(qkv, row, cos, sin, t, c, new, C), mask=new)
+        tl.store(v + at, tl.load(qkv + (row + G)[:, None] * C + c[None, :], mask=new, other=0), mask=new)
+        tl.debug_barrier()
 
     @triton.jit
     def rotated(x, row, cos, sin, t, c, inside, C: tl.constexpr):
