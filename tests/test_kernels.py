@@ -327,13 +327,9 @@ def test_fused_layers(shape, t, last, batch, dtype, quantization, triton, monkey
     def run(fuse, rows=slice(0, t), cuts=(0, 2)):
         monkeypatch.setattr(kernels, "fuse", fuse)
         fill(model, batch, 600, last)
-        y = model.embed(x[:, rows].to(GPU))
+        y, own_pos = model.embed(x[:, rows].to(GPU)), pos[rows].to(GPU)
         for start, stop in zip(cuts, cuts[1:], strict=False):
-            y = (
-                model(y, pos[rows].to(GPU), start, stop)
-                if start
-                else model.run(model.layers[:stop], y, pos[rows].to(GPU))
-            )
+            y = model.run(model.layers[start:stop], y, own_pos)
         return y
 
     def caches(of):
@@ -341,7 +337,7 @@ def test_fused_layers(shape, t, last, batch, dtype, quantization, triton, monkey
 
     y, ours = run(True), caches(model)
     fill(exact, batch, 600, last, 0)
-    z, bound = exact(x, pos), 1e-5 if dtype == torch.float32 else 0.02
+    z, bound = exact(x, pos), {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}[dtype]
     assert (y.cpu().double() - z).norm() < bound * z.norm()
     assert (ours.cpu().double().nan_to_num(0) - caches(exact)).norm() < bound * caches(exact).norm()
     assert torch.equal(run(True, fewer(0)), y[:, fewer(0)])
