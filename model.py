@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import kernels
 from command import InputError, check_memory
-from kernels import cpu, formats
+from kernels import cpu, formats, fused
 from kernels.formats import GROUPSIZES
 
 # The kinds of RoPE scaling, by the names that config.json has for them, and the numbers that each wants.
@@ -340,6 +340,22 @@ def natives(layers: Any) -> list[Any]:
     return [layer.native for layer in layers]
 
 
+def run_fused(layers: Any, x: Tensor, pos: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """The same as calling the layers one after the other, by the GPU's fused kernels."""
+    norms, matrices, k_caches, v_caches = [], [], [], []
+    for layer in layers:
+        attention, ffn = layer.attention, layer.ffn
+        norms += [layer.attention_norm.weight, layer.ffn_norm.weight]
+        matrices += [attention.wqkv, attention.wo, ffn.w13, ffn.w2]
+        k_caches.append(attention.k_cache)
+        v_caches.append(attention.v_cache)
+    weights = [matrix.weight for matrix in matrices]
+    scales = [matrix.scale for matrix in matrices]
+    zeros = [matrix.zero for matrix in matrices]
+    eps = layers[0].attention_norm.eps
+    return fused.layers(x, pos, *rope, norms, weights, scales, zeros, k_caches, v_caches, eps)
+
+
 class Transformer(nn.Module):
     """The whole model: `logits(forward(tokens))`.
 
@@ -461,7 +477,8 @@ class Transformer(nn.Module):
         """Run these layers, the model's own or copies of them, on token ids (B, T) or hidden states (B, T, D) x, as
         `forward` does.
         """
-        if pos is not None and kernels.backend(self.embed.weight, x.shape[0] * x.shape[1]) == "cpu":
+        kind = None if pos is None else kernels.backend(self.embed.weight, x.shape[0] * x.shape[1])
+        if kind == "cpu":
             group = (self.shard.group, self.shard.size) if self.shard else ()
             return torch.ops.layerskip.layers(
                 x, pos, self.inv_freq, self.embed.weight, natives(layers), self.config.norm_eps, *group
@@ -469,6 +486,8 @@ class Transformer(nn.Module):
         pos, rope, cached = self.positions(x.shape[1], pos)
         if not x.is_floating_point():
             x = self.embed(x)
+        if kind == "cuda" and kernels.fuse and not self.shard:
+            return run_fused(layers, x, pos, rope)
         for layer in layers:
             x = layer(x, pos, rope, cached)
         return x

@@ -50,6 +50,8 @@ for shape in ${SHAPES:-llama2-7B llama3-8B llama3.2-1B llama2-13B codellama-34B}
 done
 step llama2-7B-plain_kernels python scripts/benchmark.py --device "$device" --shape "${PLAIN:-llama2-7B}" \
     --plain_kernels --draft_head full --speculate_k 2 4 --num_prompts 1 --json "$out/plain_kernels.json"
+step llama2-7B-fused python scripts/benchmark.py --device "$device" --shape "${PLAIN:-llama2-7B}" --fuse \
+    --speculate_k 2 4 --num_prompts 1 --json "$out/fused.json"
 
 python - "$out" <<'END'
 import json

@@ -15,6 +15,9 @@ from kernels.cuda import MAX_ROWS
 from kernels.formats import dequantize
 
 enabled = True  # False: plain PyTorch everywhere, to compare with
+# True: a GPU's layers in five kernels each (fused.py) rather than thirteen. Off, because no GPU has run or measured it:
+# python scripts/benchmark.py --shape llama2-7B --device cuda, with and without --fuse
+fuse = False
 
 
 def available(x: Tensor) -> str | None:

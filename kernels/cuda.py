@@ -18,6 +18,7 @@ except ImportError:  # it comes with PyTorch's builds for CUDA
 
 MAX_ROWS = 16  # that the kernels take at once
 PROGRAMS = 512  # that a product is split into, at least: about four for each multiprocessor
+BLOCK_N = 32  # columns of a product that one program computes
 SPLIT = 256  # cache rows that one program attends to
 
 
@@ -30,19 +31,28 @@ def linear(x: Tensor, w: Tensor, scale: Tensor | None = None, zero: Tensor | Non
     N, K = w.shape[0], x.shape[-1]
     x = x.contiguous()
     M = x.numel() // K
-    groupsize = 1 if zero is None else K // zero.shape[1]
-    block_n = 32
-    block_k = max(512 // x.itemsize, groupsize)
-    blocks = triton.cdiv(N, block_n)
-    splits = min(triton.next_power_of_2(triton.cdiv(PROGRAMS, blocks)), triton.cdiv(K, block_k))
+    groupsize, block_k, blocks, splits = parting(x, w, zero)
     parts = x.new_empty(splits, *x.shape[:-1], N, dtype=torch.float32 if splits > 1 else x.dtype)
-    warps = x.itemsize  # tensor cores don't take float32: it needs the registers of more threads
     linear_kernel[blocks, splits](
         x, w, scale, zero, parts, M, N, K,
-        groupsize, splits, MAX_ROWS, block_n, block_k,
-        num_warps=warps, num_stages=4,
+        groupsize, splits, MAX_ROWS, BLOCK_N, block_k,
+        num_warps=x.itemsize, num_stages=4,
     )  # fmt: skip
     return functools.reduce(torch.add, parts.unbind()).to(x.dtype)
+
+
+def parting(x: Tensor, w: Tensor, zero: Tensor | None) -> tuple[int, int, int, int]:
+    """How the product of x (..., K) and w (N, ...) is parted: int4's groupsize (else 1), the columns of K in a step,
+    the blocks of BLOCK_N columns of N, and the parts of K.
+
+    A program has x.itemsize warps: tensor cores don't take float32, which needs the registers of more threads.
+    """
+    K = x.shape[-1]
+    groupsize = 1 if zero is None else K // zero.shape[1]
+    block_k = max(512 // x.itemsize, groupsize)
+    blocks = triton.cdiv(w.shape[0], BLOCK_N)
+    splits = min(triton.next_power_of_2(triton.cdiv(PROGRAMS, blocks)), triton.cdiv(K, block_k))
+    return groupsize, block_k, blocks, splits
 
 
 def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor) -> Tensor:
@@ -52,25 +62,37 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor) -> Tensor:
     """
     B, T, H, C = q.shape
     G, S = k_cache.shape[1:3]
-    group = H // G  # query heads that share a key/value head
-    rows = triton.next_power_of_2(MAX_ROWS * group)
-    splits = triton.cdiv(S, SPLIT)
-    block_s = 64 // q.itemsize
-    block_c = max(16, triton.next_power_of_2(C))
-    # Of each part: the weighted sum of values; the largest score and the sum of exponentials.
-    part = torch.empty(B, G, splits, rows, C, dtype=torch.float32, device=q.device)
-    stat = torch.empty(B, G, splits, rows, 2, dtype=torch.float32, device=q.device)
+    group, splits, rows, block_s, block_c, warps = attention_parting(H, k_cache)
+    part, stat = attention_parts(k_cache, splits, rows)
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     q = q.contiguous()
-    factor = C**-0.5 / math.log(2)  # the kernel takes powers of 2
-    warps = 4 if rows <= 64 and q.itemsize == 2 else 8
     attend_kernel[splits, G, B](
-        q, k_cache, v_cache, pos, part, stat, T, S, C, factor,
+        q, k_cache, v_cache, pos, part, stat, T, S, C, C**-0.5 / math.log(2),
         group, SPLIT, block_s, rows, block_c,
         num_warps=warps, num_stages=2,
     )  # fmt: skip
     combine_kernel[T, H, B](part, stat, pos, y, splits, C, group, SPLIT, rows, block_c, num_warps=1)
     return y
+
+
+def attention_parting(heads: int, k_cache: Tensor) -> tuple[int, int, int, int, int, int]:
+    """How attention of `heads` to k_cache (B, G, S, C) is parted: the query heads that share a key/value head, the
+    parts of the cache, a program's rows of queries, its cache rows in a step, its width, and its warps.
+    """
+    _, G, S, C = k_cache.shape
+    rows = triton.next_power_of_2(MAX_ROWS * heads // G)
+    warps = 4 if rows <= 64 and k_cache.itemsize == 2 else 8
+    width = max(16, triton.next_power_of_2(C))
+    return heads // G, triton.cdiv(S, SPLIT), rows, 64 // k_cache.itemsize, width, warps
+
+
+def attention_parts(k_cache: Tensor, splits: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Room for what programs leave each other: the weighted sums of values (B, G, splits, rows, C); the largest scores
+    and the sums of exponentials (B, G, splits, rows, 2).
+    """
+    B, G, _, C = k_cache.shape
+    part = torch.empty(B, G, splits, rows, C, dtype=torch.float32, device=k_cache.device)
+    return part, torch.empty(B, G, splits, rows, 2, dtype=torch.float32, device=k_cache.device)
 
 
 def norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
@@ -105,26 +127,55 @@ if triton:
         m = tl.arange(0, ROWS)
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         split = tl.program_id(1)
-        steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)
         acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
+        acc = product(x, None, None, w, scale, zero, acc, m, n, split, M, N, K, GROUPSIZE, SPLITS, BLOCK_K)
+        inside = (m < M)[:, None] & (n < N)[None, :]
+        tl.store(y + (split * M + m)[:, None] * N + n[None, :], acc.to(y.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def product(
+        x,  # (M, K)
+        norm,  # None, or (K,): x is first times factor, rounded, and times norm
+        factor,  # (ROWS,)
+        w,
+        scale,
+        zero,
+        acc,  # (ROWS, BLOCK_N), zeros
+        m,  # (ROWS,)
+        n,  # (BLOCK_N,)
+        split,
+        M,
+        N,
+        K,
+        GROUPSIZE: tl.constexpr,
+        SPLITS: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+    ):
+        """acc and the product of rows m of x and rows n of w, over part `split` of K. Of int4 norm must be None."""
+        steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)
         for start in range(split * steps * BLOCK_K, tl.minimum((split + 1) * steps * BLOCK_K, K), BLOCK_K):
             if zero is None:
                 k = start + tl.arange(0, BLOCK_K)
                 a = tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0)
+                if norm is not None:
+                    a = (a.to(tl.float32) * factor[:, None]).to(a.dtype).to(tl.float32)
+                    a = (a * tl.load(norm + k, mask=k < K, other=0).to(tl.float32)[None, :]).to(x.dtype.element_ty)
                 b = tl.load(w + n[None, :] * K + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0)
                 acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
             else:
                 acc = int4_step(x, w, scale, zero, acc, m, n, start, M, N, K, GROUPSIZE, BLOCK_K)
         if scale is not None and zero is None:
             acc *= tl.load(scale + n, mask=n < N, other=0)[None, :]
-        inside = (m < M)[:, None] & (n < N)[None, :]
-        tl.store(y + (split * M + m)[:, None] * N + n[None, :], acc.to(y.dtype.element_ty), mask=inside)
+        return acc
 
     @triton.jit
     def int4_step(x, w, scale, zero, acc, m, n, start, M, N, K, GROUPSIZE: tl.constexpr, BLOCK_K: tl.constexpr):
         """acc (ROWS, BLOCK_N) and the product over columns start to start + BLOCK_K.
 
         A byte has two columns, 16 apart. The lower halves of the bytes are one product, the upper halves another.
+        In an order like Marlin's (2408.11743), words whose eight columns are 32 apart, the loop would take 594 to 614
+        clocks in groups of 128 and 256 rather than 750 to 760 (counted in compiled code, as in BENCHMARKS.md). What
+        stands in the way: weights would have to be laid out anew as they are loaded, as the CPU's are.
         """
         i = start // 2 + tl.arange(0, BLOCK_K // 2)  # bytes
         k = i // 16 * 32 + i % 16  # columns of the lower halves
@@ -187,14 +238,26 @@ if triton:
         limit = tl.load(pos + t, mask=t < T, other=-1)  # a query sees cache rows up to its own position
         inside = (t < T)[:, None] & (c < C)[None, :]
         query = tl.load(q + ((b * T + t) * (G * GROUP) + head)[:, None] * C + c[None, :], mask=inside, other=0)
+        cache = (b * G + g).to(tl.int64) * S * C
+        acc, top, total = attend_part(query, k + cache, v + cache, limit, split, last, c, C, factor, SPLIT, BLOCK_S)
+        out = ((b * G + g) * tl.num_programs(0) + split) * ROWS + row
+        tl.store(part + out[:, None] * C + c[None, :], acc, mask=inside)
+        tl.store(stat + out * 2, top, mask=t < T)
+        tl.store(stat + out * 2 + 1, total, mask=t < T)
+
+    @triton.jit
+    def attend_part(query, k, v, limit, split, last, c, C, factor, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr):
+        """query (ROWS, BLOCK_C) over part `split` of a head's cache rows k and v (S, C), for each row of query up to
+        limit (ROWS,), at most to `last`: the weighted sum of values, the largest score and the sum of exponentials.
+        """
+        ROWS: tl.constexpr = query.shape[0]
         top = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
-        acc = tl.zeros((ROWS, BLOCK_C), tl.float32)
-        cache = (b * G + g).to(tl.int64) * S * C
+        acc = tl.zeros(query.shape, tl.float32)
         for start in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, last + 1), BLOCK_S):
             s = start + tl.arange(0, BLOCK_S)
             key_mask = (s <= last)[None, :] & (c < C)[:, None]
-            keys = tl.load(k + cache + s[None, :] * C + c[:, None], mask=key_mask, other=0)  # (BLOCK_C, BLOCK_S)
+            keys = tl.load(k + s[None, :] * C + c[:, None], mask=key_mask, other=0)  # (BLOCK_C, BLOCK_S)
             score = tl.dot(query, keys, input_precision="ieee") * factor
             score = tl.where(s[None, :] <= limit[:, None], score, float("-inf"))
             new_top = tl.maximum(top, tl.max(score, 1))
@@ -202,14 +265,11 @@ if triton:
             weight = tl.exp2(score - shift[:, None])
             keep = tl.exp2(top - shift)
             value_mask = (s <= last)[:, None] & (c < C)[None, :]
-            values = tl.load(v + cache + s[:, None] * C + c[None, :], mask=value_mask, other=0)  # (BLOCK_S, BLOCK_C)
+            values = tl.load(v + s[:, None] * C + c[None, :], mask=value_mask, other=0)  # (BLOCK_S, BLOCK_C)
             total = total * keep + tl.sum(weight, 1)
             acc = tl.dot(weight.to(values.dtype), values, acc * keep[:, None], input_precision="ieee")
             top = new_top
-        out = ((b * G + g) * tl.num_programs(0) + split) * ROWS + row
-        tl.store(part + out[:, None] * C + c[None, :], acc, mask=inside)
-        tl.store(stat + out * 2, top, mask=t < T)
-        tl.store(stat + out * 2 + 1, total, mask=t < T)
+        return acc, top, total
 
     @triton.jit
     def combine_kernel(
@@ -230,23 +290,31 @@ if triton:
         b = tl.program_id(2)
         T = tl.num_programs(0)
         H = tl.num_programs(1)
-        row = t * GROUP + head % GROUP
+        row = tl.full((1,), t * GROUP + head % GROUP, tl.int32)
         c = tl.arange(0, BLOCK_C)
         first = (b * (H // GROUP) + head // GROUP) * splits
-        top = -float("inf")
-        total = 0.0
-        acc = tl.zeros((BLOCK_C,), tl.float32)
-        for split in range(0, tl.load(pos + t) // SPLIT + 1):
+        value = combined(part, stat, row, c, first, tl.load(pos + t) // SPLIT + 1, C, ROWS)
+        out = ((b * T + t) * H + head) * C + c[None, :]
+        tl.store(y + out, value.to(y.dtype.element_ty), mask=c[None, :] < C)
+
+    @triton.jit
+    def combined(part, stat, row, c, first, count, C, ROWS: tl.constexpr):
+        """The result of each row of queries, at columns c, from `count` parts, which begin at number `first`."""
+        top = tl.full(row.shape, float("-inf"), tl.float32)
+        total = tl.zeros(row.shape, tl.float32)
+        acc = tl.zeros((row.shape[0], c.shape[0]), tl.float32)
+        for split in range(0, count):
             out = (first + split) * ROWS + row
             part_top = tl.load(stat + out * 2)
             part_total = tl.load(stat + out * 2 + 1)
+            value = tl.load(part + out[:, None] * C + c[None, :], mask=c[None, :] < C, other=0)
             new_top = tl.maximum(top, part_top)
             keep = tl.exp2(top - new_top)
             add = tl.exp2(part_top - new_top)
-            acc = acc * keep + tl.load(part + out * C + c, mask=c < C, other=0) * add
+            acc = acc * keep[:, None] + value * add[:, None]
             total = total * keep + part_total * add
             top = new_top
-        tl.store(y + ((b * T + t) * H + head) * C + c, (acc / total).to(y.dtype.element_ty), mask=c < C)
+        return acc / total[:, None]
 
     @triton.jit
     def norm_kernel(x, w, y, D, eps, BLOCK: tl.constexpr):

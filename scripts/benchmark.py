@@ -80,6 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument(
         "--plain_kernels", action="store_true", help="use PyTorch's kernels instead of this engine's, for all decoding"
     )
+    p.add_argument("--fuse", action="store_true", help="on a GPU, use the kernels that do more at once (unmeasured)")
     p.add_argument(
         "--json",
         metavar="FILE",
@@ -133,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     tasks.check(args)
     torch.manual_seed(args.seed)
-    kernels.enabled = not args.plain_kernels
+    kernels.enabled, kernels.fuse = not args.plain_kernels, args.fuse
     work = load_shape(args) if args.shape else load_checkpoint(args)
     bandwidth = read_bandwidth(args.device)
     pass_seconds = pass_times(work.model, args.pass_rows, args.compile) if args.pass_rows else []
@@ -460,6 +461,8 @@ def print_heading(
     mode = "compiled" if args.compile and kernels.can_compile(work.model.embed.weight) else "eager"
     if args.plain_kernels:
         mode += ", plain kernels"
+    if args.fuse:
+        mode += ", fused kernels"
     print(
         f"\n{work.name}, {tasks.weights_kind(work.model)} on {args.device}, {mode}, temperature {args.temperature}, "
         f"{len(work.prompts)} prompts x {args.max_new_tokens} new tokens, medians of {args.repeats}"

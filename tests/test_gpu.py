@@ -5,6 +5,7 @@ their neighbours.
 import pytest
 import torch
 
+import kernels
 from checkpoint import load_model
 from generate import Decoder, Sampling
 
@@ -14,9 +15,11 @@ if not torch.cuda.is_available():
 PROMPT = list(range(3, 20))
 
 
-@pytest.fixture(params=["llama2", "llama3.2"])
-def model(request, checkpoint):
-    return load_model(checkpoint(request.param), "cuda", torch.float32)
+@pytest.fixture(params=[("llama2", False), ("llama3.2", False), ("llama2", True), ("llama3.2", True)])
+def model(request, checkpoint, monkeypatch):
+    shape, fuse = request.param
+    monkeypatch.setattr(kernels, "fuse", fuse)
+    return load_model(checkpoint(shape), "cuda", torch.float32)
 
 
 @pytest.mark.parametrize("e,k", [(1, 1), (2, 4), (3, 7)])

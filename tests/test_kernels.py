@@ -4,14 +4,16 @@ import os
 import platform
 import subprocess
 import sys
+from copy import deepcopy
 from functools import partial
 
 import pytest
 import torch
 
+import kernels
 from conftest import ROOT
-from kernels import cpu, cuda, formats
-from model import ModelConfig, Transformer
+from kernels import cpu, cuda, formats, fused
+from model import Linear, ModelConfig, Transformer, rounded
 
 ROWS = [*range(1, 10), 16]
 SLOW = pytest.mark.slow
@@ -76,12 +78,12 @@ def test_panels_hold_the_same_weights(n, k, groupsize):
             assert lane ^ 8 == number
 
 
-def layers_model(heads, kv_heads, c, ffn, dtype):
+def layers_model(heads, kv_heads, c, ffn, dtype, dim=None):
     """Two layers with weights large enough for sharp attention and saturated gates."""
     torch.manual_seed(heads * c)
     config = ModelConfig(
         vocab_size=8,
-        dim=heads * 10 + 3,
+        dim=dim or heads * 10 + 3,
         n_layer=2,
         n_head=heads,
         n_kv_head=kv_heads,
@@ -224,11 +226,15 @@ def on_gpu(x, weight, factor, rows):
     return cuda.linear(x[:, rows].to(GPU), weight.to(GPU), None if factor is None else factor.to(GPU))
 
 
+def fewer(i):
+    """Row i by itself where the arithmetic is the GPU's own, else the rows up to it."""
+    return slice(i, i + 1) if GPU == "cuda" else slice(0, i + 1)
+
+
 def alone(f, m):
-    """Compare f(rows) of all m rows with f of fewer: of each by itself where the arithmetic is the GPU's own."""
+    """Compare f(rows) of all m rows with f of fewer."""
     y = f(slice(0, m))
-    for i in range(m):
-        part = slice(i, i + 1) if GPU == "cuda" else slice(0, i + 1)
+    for part in map(fewer, range(m)):
         assert torch.equal(f(part), y[:, part])
     return y.cpu()
 
@@ -294,6 +300,111 @@ def test_narrower_vectors(without, tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stdout[-4000:]
+
+
+# The fused layers, beside the same layers one by one on the other Triton kernels.
+
+LAUNCHES = {None: 5, "int8": 5, "int4": 7}  # of a layer
+
+
+def fused_model(monkeypatch, shape, dtype, quantization):
+    """(model on Triton's kernels, the same in float64). shape: heads, kv_heads, c, ffn, dim."""
+    monkeypatch.setattr(cpu, "ready", False)  # weights stay as in the file
+    model = layers_model(*shape[:4], dtype, dim=shape[4])
+    for layer in model.layers:
+        layer.attention_norm.weight.normal_(1, 0.3), layer.ffn_norm.weight.normal_(1, 0.3)
+    if quantization:
+        model.layers = torch.nn.ModuleList(rounded(layer, quantization) for layer in model.layers)
+    exact = deepcopy(model).double()
+    for module in exact.modules():
+        if isinstance(module, Linear) and module.scale is not None:
+            module.weight = formats.dequantize(module.weight, module.scale, module.zero, torch.float64)
+            module.scale = module.zero = None
+    exact.inv_freq = model.inv_freq.double()
+    monkeypatch.setattr(kernels, "backend", lambda x, rows: "cuda" if x.dtype == dtype else None)
+    return model.to(GPU), exact
+
+
+@pytest.mark.parametrize(
+    "shape,t,last,batch,dtype,quantization",
+    [
+        ((4, 2, 12, 33, 43), 3, 5, 2, torch.float32, None),
+        # products and cache in several parts
+        pytest.param((2, 1, 34, 70, 140), 3, 258, 1, torch.float32, None, marks=SLOW),
+        ((4, 4, 16, 33, 43), 16, 20, 1, HALF, None),
+        pytest.param((2, 1, 16, 80, 260), 4, 513, 1, HALF, None, marks=SLOW),
+        ((4, 2, 12, 35, 70), 5, 31, 1, HALF, "int8"),
+        ((2, 1, 16, 32, 288), 2, 31, 1, HALF, "int4"),
+        ((2, 1, 16, 32, 64), 3, 31, 1, torch.float32, "int4"),
+    ],
+)
+def test_fused_layers(shape, t, last, batch, dtype, quantization, triton, monkeypatch):
+    model, exact = fused_model(monkeypatch, shape, dtype, quantization)
+    pos, x = torch.arange(last - t + 1, last + 1), torch.randint(8, (batch, t))
+
+    def run(fuse, rows=slice(0, t), cuts=(0, 2)):
+        monkeypatch.setattr(kernels, "fuse", fuse)
+        fill(model, batch, 600, last)
+        y, own_pos = model.embed(x[:, rows].to(GPU)), pos[rows].to(GPU)
+        for start, stop in zip(cuts, cuts[1:], strict=False):
+            y = model.run(model.layers[start:stop], y, own_pos)
+        return y
+
+    def caches(of):
+        return torch.stack([c for layer in of.layers for c in (layer.attention.k_cache, layer.attention.v_cache)])
+
+    y, ours = run(True), caches(model)
+    fill(exact, batch, 600, last, 0)
+    z, bound = exact(x, pos), {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}[dtype]
+    assert (y.cpu().double() - z).norm() < bound * z.norm()
+    assert (ours.cpu().double().nan_to_num(0) - caches(exact)).norm() < bound * caches(exact).norm()
+    assert torch.equal(run(True, fewer(0)), y[:, fewer(0)])
+    assert torch.equal(run(True, fewer(t // 2), cuts=(0, 1, 2)), y[:, fewer(t // 2)]), "also with a cut between layers"
+    unfused, theirs = run(False), caches(model)
+    if HALF == torch.float16 == dtype:  # where the interpreter adds in one order, and rounding hides its silu
+        assert torch.equal(y, unfused) and torch.equal(ours.nan_to_num(9), theirs.nan_to_num(9))
+    assert (y - unfused).norm() < bound * unfused.norm()
+
+
+@pytest.mark.parametrize("quantization", LAUNCHES)
+def test_launches_of_a_layer(quantization, triton, monkeypatch):
+    """Fused, five, in int4 seven; else eight, and those that the compiler of PyTorch makes of what lies between."""
+    launched = []
+
+    class Counted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            launched.append(self.kernel)
+            return self.kernel[grid]
+
+    for module in (cuda, fused):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Counted(getattr(module, name)))
+    model, _ = fused_model(monkeypatch, (2, 1, 16, 32, 32), HALF, quantization)
+    fill(model, 1, 20, 19)
+    x, pos = torch.zeros(1, 3, 32, dtype=HALF, device=GPU), torch.arange(3, device=GPU)
+    counts = []
+    for fuse, shard in ((True, None), (False, None), (True, "of several processes")):
+        monkeypatch.setattr(kernels, "fuse", fuse), setattr(model, "shard", shard)
+        for count in (1, 2):
+            launched.clear()
+            model.run(model.layers[:count], x, pos)
+            counts.append(len(launched) / count)
+    assert counts == [LAUNCHES[quantization]] * 2 + [8] * 4
+
+
+def test_compiler_takes_fused_layers(triton, monkeypatch):
+    model, _ = fused_model(monkeypatch, (2, 1, 16, 32, 32), HALF, None)
+    monkeypatch.setattr(kernels, "fuse", True)
+    x, pos = torch.zeros(1, 3, dtype=torch.long, device=GPU), torch.arange(3, device=GPU)
+    fill(model, 1, 20, 19)
+    y, caches = model(x, pos), [layer.attention.k_cache for layer in model.layers]
+    written = [cache.clone() for cache in caches]
+    fill(model, 1, 20, 19)
+    assert torch.equal(torch.compile(model, backend="aot_eager", fullgraph=True)(x, pos), y)
+    assert all(torch.equal(a, b) for a, b in zip(caches, written, strict=True)), "caches are not written in place"
 
 
 def test_says_so_without_a_compiler(tmp_path):
