@@ -36,7 +36,7 @@ from tp import Shard, broadcast, run_command, start
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 DEFAULT_PROMPT = "class Stack:\n    def __init__(self):\n"
 SPECULATE_K = 4  # tokens that a model drafts in a round, where nothing else is said
-NGRAM_K = 8  # the same for n-grams
+NGRAM_K = 7  # the same for n-grams: with it a round has 8 rows, which the CPU's kernels take at once
 INTERACTIVE_ROWS = 8192  # cache rows for a conversation; many models' contexts are far longer
 
 

@@ -50,6 +50,13 @@ static inline ivec widen(V v) {
   return __builtin_convertvector(v, ivec);
 }
 #endif
+// Keep v in a register. The compiler would load it again for each use, and loads are what limits a product of few rows.
+static inline void keep(vec& v) {
+#ifdef __AVX__
+  asm("" : "+v"(v));
+#endif
+}
+
 // A bfloat16 is the upper half of a float.
 static inline vec load(const c10::BFloat16* p) { return (vec)(widen(*(const half_vec*)p) << 16); }
 static inline vec load(const int8_t* p) { return __builtin_convertvector(widen(*(const byte_vec*)p), vec); }
@@ -187,6 +194,7 @@ static void team(F work) {
 #endif
 }
 
+constexpr int REGISTERS = W == 16 ? 32 : 16;
 constexpr int MOST = W == 16 ? 8 : 6;  // rows of x that the registers have room for, beside two vectors of weights
 constexpr int PANEL = 16;              // outputs of a quantized weight that lie side by side
 
@@ -253,6 +261,7 @@ template <int M, int R, typename T>
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
       vec own = load(x + m * K + k);
+      keep(own);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) acc[r][m] += v[r] * own;
     }
@@ -281,7 +290,7 @@ template <int M, int R, typename T>
 // as many as there are registers for, so that there is less to load for each multiplication.
 template <int M, typename T>
 [[gnu::noinline]] static void tiles(const float* x, const Matrix& w, float* y, int64_t begin, int64_t end) {
-  constexpr int R = M == 1 ? 1 : (M * 4 <= 2 * MOST ? 4 : 2);
+  constexpr int R = M == 1 ? 1 : std::min(8, (REGISTERS - 2) / (M + 1));
   int64_t n = begin;
   for (; n + R <= end; n += R) tile<M, R, T>(x, w, y, n);
   for (; n < end; n++) tile<M, 1, T>(x, w, y, n);
