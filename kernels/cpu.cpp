@@ -235,18 +235,18 @@ struct Matrix {
 };
 
 // Ask for the weights that come soon. A product with one row does little but wait for them: they go to the nearest
-// cache, 2 KB ahead. With several rows there is more to compute meanwhile: they go to the second cache, 8 KB ahead.
-// Measured on Zen 4: each is slower in the other's place.
+// cache, 2 KB ahead. With several rows there is more to compute meanwhile: they go to the second cache, `ahead` bytes
+// ahead.
 template <int M>
-static inline void prefetch(const void* p) {
+static inline void prefetch(const void* p, int64_t ahead) {
   if (M == 1) __builtin_prefetch((const char*)p + 2048);
-  else __builtin_prefetch((const char*)p + 8192, 0, 2);
+  else __builtin_prefetch((const char*)p + ahead, 0, 2);
 }
 
 // Columns [n, n + R) of y[m, n] = sum over k of x[m, k] w[n, k]. Each (m, n) has one accumulator and one order of
 // additions, whatever M and R are.
 template <int M, int R, typename T>
-[[gnu::always_inline]] static inline void tile(const float* x, const Matrix& w, float* y, int64_t n) {
+[[gnu::always_inline]] static inline void tile(const float* x, const Matrix& w, float* y, int64_t n, int64_t ahead) {
   const int64_t N = w.N, K = w.K;
   const T* rows = (const T*)w.data + n * K;
   vec acc[R][M] = {};
@@ -255,7 +255,7 @@ template <int M, int R, typename T>
     vec v[R];
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
-      prefetch<M>(rows + r * K + k);
+      prefetch<M>(rows + r * K + k, ahead);
       v[r] = load(rows + r * K + k);
     }
 #pragma GCC unroll 16
@@ -287,13 +287,16 @@ template <int M, int R, typename T>
 }
 
 // With one row of x, weight rows are taken one after the other, as the processor prefetches them best. With several,
-// as many as there are registers for, so that there is less to load for each multiplication.
+// as many as there are registers for, so that there is less to load for each multiplication. ahead: bytes, 0 for two
+// tiles.
 template <int M, typename T>
-[[gnu::noinline]] static void tiles(const float* x, const Matrix& w, float* y, int64_t begin, int64_t end) {
+[[gnu::noinline]] static void tiles(const float* x, const Matrix& w, float* y, int64_t begin, int64_t end,
+                                    int64_t ahead) {
   constexpr int R = M == 1 ? 1 : std::min(8, (REGISTERS - 2) / (M + 1));
+  if (!ahead) ahead = 2 * R * w.K * sizeof(T);
   int64_t n = begin;
-  for (; n + R <= end; n += R) tile<M, R, T>(x, w, y, n);
-  for (; n < end; n++) tile<M, 1, T>(x, w, y, n);
+  for (; n + R <= end; n += R) tile<M, R, T>(x, w, y, n, ahead);
+  for (; n < end; n++) tile<M, 1, T>(x, w, y, n, ahead);
 }
 
 // Quantized weights of a panel from one column on. Its 16 outputs are V vectors.
@@ -414,10 +417,11 @@ static std::vector<float> group_sums(const float* x, int64_t M, int64_t K, int64
 }
 
 template <int M>
-static void rows(const float* x, const float* sums, const Matrix& w, float* y, int64_t begin, int64_t end) {
+static void rows(const float* x, const float* sums, const Matrix& w, float* y, int64_t begin, int64_t end,
+                 int64_t ahead) {
   switch (w.type) {
-    case at::kFloat: return tiles<M, float>(x, w, y, begin, end);
-    case at::kBFloat16: return tiles<M, c10::BFloat16>(x, w, y, begin, end);
+    case at::kFloat: return tiles<M, float>(x, w, y, begin, end, ahead);
+    case at::kBFloat16: return tiles<M, c10::BFloat16>(x, w, y, begin, end, ahead);
     default: return quantized_rows<M>(x, sums, w, y, begin, end);
   }
 }
@@ -429,20 +433,21 @@ static void product(const float* x, int64_t M, const Matrix& w, float* y, int64_
   // Rows that don't fit into the registers together take turns, while the weights of some columns are in the cache.
   const int64_t turns = (M + MOST - 1) / MOST, most = (M + turns - 1) / turns;
   const int64_t columns = turns > 1 ? 2 * PANEL : end - begin;
+  const int64_t ahead = turns > 1 ? columns * w.K * (w.type == at::kFloat ? 4 : 2) : 0;  // the columns that follow
   for (int64_t first = begin; first < end; first += columns) {
     const int64_t last = std::min(end, first + columns);
     for (int64_t m = 0; m < M; m += most) {
       const float *own = x + m * w.K, *own_sums = w.zero ? &sums[m * w.K / w.G] : nullptr;
       float* out = y + m * w.N;
       switch (std::min(M - m, most)) {
-        case 1: rows<1>(own, own_sums, w, out, first, last); break;
-        case 2: rows<2>(own, own_sums, w, out, first, last); break;
-        case 3: rows<3>(own, own_sums, w, out, first, last); break;
-        case 4: rows<4>(own, own_sums, w, out, first, last); break;
-        case 5: rows<5>(own, own_sums, w, out, first, last); break;
-        case 6: rows<6>(own, own_sums, w, out, first, last); break;
-        case 7: rows<std::min(7, MOST)>(own, own_sums, w, out, first, last); break;
-        case 8: rows<std::min(8, MOST)>(own, own_sums, w, out, first, last); break;
+        case 1: rows<1>(own, own_sums, w, out, first, last, ahead); break;
+        case 2: rows<2>(own, own_sums, w, out, first, last, ahead); break;
+        case 3: rows<3>(own, own_sums, w, out, first, last, ahead); break;
+        case 4: rows<4>(own, own_sums, w, out, first, last, ahead); break;
+        case 5: rows<5>(own, own_sums, w, out, first, last, ahead); break;
+        case 6: rows<6>(own, own_sums, w, out, first, last, ahead); break;
+        case 7: rows<std::min(7, MOST)>(own, own_sums, w, out, first, last, ahead); break;
+        case 8: rows<std::min(8, MOST)>(own, own_sums, w, out, first, last, ahead); break;
       }
     }
   }
