@@ -477,8 +477,9 @@ class Transformer(nn.Module):
         """Run these layers, the model's own or copies of them, on token ids (B, T) or hidden states (B, T, D) x, as
         `forward` does.
         """
-        kind = None if pos is None else kernels.backend(self.embed.weight, x.shape[0] * x.shape[1])
-        if kind == "cpu":
+        kind = kernels.backend(self.embed.weight, x.shape[0] * x.shape[1])
+        if kind == "cpu" and all(native is not None for native in natives(layers)):
+            pos = torch.arange(x.shape[1]) if pos is None else pos
             group = (self.shard.group, self.shard.size) if self.shard else ()
             return torch.ops.layerskip.layers(
                 x, pos, self.inv_freq, self.embed.weight, natives(layers), self.config.norm_eps, *group
@@ -486,7 +487,7 @@ class Transformer(nn.Module):
         pos, rope, cached = self.positions(x.shape[1], pos)
         if not x.is_floating_point():
             x = self.embed(x)
-        if kind == "cuda" and kernels.fuse and not self.shard:
+        if kind == "cuda" and cached and kernels.fuse and not self.shard:
             return run_fused(layers, x, pos, rope)
         for layer in layers:
             x = layer(x, pos, rope, cached)

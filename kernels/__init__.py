@@ -37,8 +37,14 @@ def can_compile(x: Tensor) -> bool:
 
 
 def backend(x: Tensor, rows: int) -> str | None:
-    """Which kernels take `rows` rows like x now: "cpu", "cuda", or None for plain PyTorch."""
-    return None if rows > MAX_ROWS or torch.is_grad_enabled() else available(x)
+    """Which kernels take `rows` rows like x now: "cpu", "cuda", or None for plain PyTorch.
+
+    All are for few rows. The CPU's take any number in float32, where they are faster than PyTorch's; in bfloat16 that
+    has instructions which round otherwise.
+    """
+    kind = available(x)
+    many = rows > MAX_ROWS and not (kind == "cpu" and x.dtype == torch.float32)
+    return None if many or torch.is_grad_enabled() else kind
 
 
 def linear(x: Tensor, w: Tensor, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:

@@ -792,7 +792,9 @@ static at::Tensor run_layers(const at::Tensor& x, const at::Tensor& pos, const a
   TORCH_CHECK(pos.is_contiguous() && pos.numel() == pass.L && inv_freq.is_contiguous());
   pass.place(pos.const_data_ptr<int64_t>(), inv_freq);
   if (x.scalar_type() == at::kLong) {
-    pass.embed(input.const_data_ptr<int64_t>(), embedding);
+    const int64_t* ids = input.const_data_ptr<int64_t>();
+    for (int64_t m = 0; m < pass.M; m++) TORCH_CHECK_INDEX(ids[m] >= 0 && ids[m] < embedding.size(0), "no such token");
+    pass.embed(ids, embedding);
   } else {
     const T* from = input.template const_data_ptr<T>();
     std::copy(from, from + input.numel(), pass.x.begin());
