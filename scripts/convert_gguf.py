@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -64,13 +65,19 @@ def read(file: Path) -> GGUFReader:
     """The gguf.GGUFReader of a file. Raises InputError if there is no such file, or it is no GGUF file, or damaged."""
     from gguf import GGUFReader
 
+    class Reader(GGUFReader):
+        """Its data is an array, because slices of a memory map are slow: a vocabulary takes hundreds of thousands."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value.view(np.ndarray) if name == "data" else value)
+
     if not file.is_file():
         raise InputError(f"{file}: no such file; the name of a GGUF file was expected")
     with open(file, "rb") as opened:
         if opened.read(4) != b"GGUF":
             raise InputError(f"{file}: not a GGUF file, which would begin with the letters GGUF")
     with blaming(file, DAMAGED):
-        return GGUFReader(file, "c")  # copy on write, as PyTorch warns about read-only arrays
+        return Reader(file, "c")  # copy on write, as PyTorch warns about read-only arrays
 
 
 def field(reader: GGUFReader, key: str, default: Any = None) -> Any:
@@ -190,11 +197,29 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def load(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+@contextmanager
+def lent(reader: GGUFReader) -> Iterator[None]:
+    """Have transformers take this reader of the file, or else it reads the header three times more."""
+    import gguf
+
+    original = gguf.GGUFReader
+    gguf.GGUFReader = lambda path: reader  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = original  # type: ignore[misc]
+
+
+def load(file: Path, reader: GGUFReader, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """transformers' model and tokenizer of the file. The file's name and its neighbours make no difference."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with blaming(file, "transformers can't read it"), quiet(), tempfile.TemporaryDirectory() as alone:
+    with (
+        blaming(file, "transformers can't read it"),
+        quiet(),
+        lent(reader),
+        tempfile.TemporaryDirectory() as alone,
+    ):
         (Path(alone) / "model.gguf").symlink_to(file.resolve())
         tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf")
         model = AutoModelForCausalLM.from_pretrained(alone, gguf_file="model.gguf", dtype=dtype)
@@ -285,7 +310,7 @@ def convert(file: Path | str, out: Path | str, dtype: str = "auto") -> Path:
         chosen = choose_dtype(file, reader, dtype)
         values = sum(int(tensor.n_elements) for tensor in reader.tensors)
         check_memory(values * chosen.itemsize, "cpu", f"converting {file}")
-        model, tokenizer = load(file, chosen)
+        model, tokenizer = load(file, reader, chosen)
         if KV_HEADS not in reader.fields:
             restore_row_order(model)
         with quiet():

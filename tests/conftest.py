@@ -18,14 +18,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 LONGEST = [
     "test_tp",
-    "test_generate",
     "test_smollm2",
-    "test_quantize",
+    "test_generate",
     "test_train",
-    "test_kernels",
-    "test_scripts",
-    "test_sm90",
     "test_measure",
+    "test_scripts",
+    "test_drafters",
+    "test_folders",
+    "test_sm90",
+    "test_quantize",
+    "test_kernels",
 ]
 
 

@@ -674,6 +674,32 @@ def cli(*args, cwd=ROOT, env=None):
     )
 
 
+# What --json has, of a run and of each of its samples.
+REPORT = {
+    "samples",
+    "tokens_per_second",
+    "acceptance_probs",
+    "mean_accepted",
+    "memory_gb",
+    "bandwidth_gb_per_s",
+    "rounds",
+    "draft_copy_bytes",
+    "ideal_speedup",
+    "compile_seconds",
+    "settings",
+}
+SAMPLE = {
+    "prompt_tokens",
+    "tokens",
+    "text",
+    "prefill_seconds",
+    "decode_seconds",
+    "tokens_per_second",
+    "rounds",
+    "accept_counts",
+}
+
+
 @pytest.mark.slow
 def test_command_line_reports_what_it_did(checkpoint, tmp_path):
     path = checkpoint("llama2")
@@ -702,29 +728,7 @@ def test_command_line_reports_what_it_did(checkpoint, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
-    assert set(report) == {
-        "samples",
-        "tokens_per_second",
-        "acceptance_probs",
-        "mean_accepted",
-        "memory_gb",
-        "bandwidth_gb_per_s",
-        "rounds",
-        "draft_copy_bytes",
-        "ideal_speedup",
-        "compile_seconds",
-        "settings",
-    }
-    assert set(report["samples"][0]) == {
-        "prompt_tokens",
-        "tokens",
-        "text",
-        "prefill_seconds",
-        "decode_seconds",
-        "tokens_per_second",
-        "rounds",
-        "accept_counts",
-    }
+    assert set(report) == REPORT and set(report["samples"][0]) == SAMPLE
     assert (
         len(report["samples"]) == 2
         and sum(report["acceptance_probs"]) == pytest.approx(1)

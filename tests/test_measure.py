@@ -289,23 +289,9 @@ def test_sweep_goes_on_after_an_interrupt_and_auto_takes_what_it_stored(
     entry = json.loads((tmp_path / "c" / "model.tune.json").read_text())
     chosen = {name: entry[0].pop(name) for name in ("exit_layer", "k", "draft_precision")}
     assert entry == [settings] and chosen["draft_precision"] == "same"
-    command = [
-        "--checkpoint_path",
-        str(path),
-        "--self_speculative",
-        "--early_exit",
-        "auto",
-        "--speculate_k",
-        "auto",
-        "--num_samples",
-        "1",
-        "--max_new_tokens",
-        "8",
-        "--device",
-        "cpu",
-        "--temperature",
-        "0",
-    ]
+    how = "--self_speculative --early_exit auto --speculate_k auto"
+    rest = "--num_samples 1 --max_new_tokens 8 --device cpu --temperature 0"
+    command = ["--checkpoint_path", str(path), *how.split(), *rest.split()]
     tune.store(path, settings, 4, 3, "int8")
     capsys.readouterr()
     generate.main(command)

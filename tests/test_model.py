@@ -153,86 +153,54 @@ def test_export_goes_back(shape, hf_folder, checkpoint, tmp_path, tokens):
         export(checkpoint(shape), tmp_path / "hf")
 
 
+# What can't be in config.json: the change, and words of the message that must come.
+BAD_CONFIG = {
+    "architecture": (dict(model_type="mistral"), "mistral"),
+    "bias": (dict(attention_bias=True), "attention_bias"),
+    "rope": (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4)), "'yarn' is not supported"),
+    "dynamic rope": (
+        dict(rope_parameters=None, rope_scaling=dict(type="dynamic", factor=2.0)),
+        "'dynamic' is not supported",
+    ),
+    "rope without its number": (dict(rope_parameters=None, rope_scaling=dict(type="linear")), "with positive factor"),
+    "part of a head": (
+        dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)),
+        "partial_rotary_factor",
+    ),
+    "field": (dict(hidden_size=None), "hidden_size"),
+    "text for a number": (dict(num_hidden_layers="4"), "n_layer = '4'"),
+    "odd head": (dict(head_dim=15), "head_dim = 15"),
+    "heads": (dict(num_key_value_heads=3), "3 key/value heads"),
+    "shape": (dict(intermediate_size=80), "layers.0.ffn"),
+    "layers": (dict(num_hidden_layers=5), "model.layers.4"),
+    "fewer layers": (dict(num_hidden_layers=3), "model.layers.3.input_layernorm.weight is not part of"),
+    "too many layers": (dict(num_hidden_layers=10**9), "n_layer = 1000000000"),
+    "quantized": (dict(quantization_config=dict(quant_method="fp8")), "quantization_config"),
+    "tied in words": (dict(tie_word_embeddings="yes"), "tied = 'yes'"),
+    "other tokenizer": (dict(vocab_size=100), "don't belong together"),
+}
+
+
 def damage(folder, case):
     """Break a good Hugging Face folder in one way; returns words of the message that must come."""
     config, weights = folder / "config.json", folder / "model.safetensors"
+    if case in BAD_CONFIG:
+        changes, words = BAD_CONFIG[case]
+        edit_json(config, **changes)
+        return words
     match case:
-        case "architecture":
-            edit_json(config, model_type="mistral")
-            return "mistral"
-        case "bias":
-            edit_json(config, attention_bias=True)
-            return "attention_bias"
-        case "rope":
-            edit_json(config, rope_parameters=dict(rope_type="yarn", rope_theta=1e4))
-            return "'yarn' is not supported"
-        case "dynamic rope":
-            edit_json(config, rope_parameters=None, rope_scaling=dict(type="dynamic", factor=2.0))
-            return "'dynamic' is not supported"
-        case "rope without its number":
-            edit_json(config, rope_parameters=None, rope_scaling=dict(type="linear"))
-            return "with positive factor"
-        case "part of a head":
-            edit_json(config, rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5))
-            return "partial_rotary_factor"
         case "tokenizer class":
             (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GemmaTokenizer"}')
             return "tokenizer_class GemmaTokenizer is not supported"
-        case "field":
-            edit_json(config, hidden_size=None)
-            return "hidden_size"
-        case "text for a number":
-            edit_json(config, num_hidden_layers="4")
-            return "n_layer = '4'"
         case "no objects":
             config.write_text("[]")
             return "config.json: not a JSON object"
-        case "odd head":
-            edit_json(config, head_dim=15)
-            return "head_dim = 15"
         case "eos":
             edit_json(config, eos_token_id=99999)
             (folder / "generation_config.json").unlink()
             return "eos_ids"
-        case "heads":
-            edit_json(config, num_key_value_heads=3)
-            return "3 key/value heads"
-        case "shape":
-            edit_json(config, intermediate_size=80)
-            return "layers.0.ffn"
-        case "layers":
-            edit_json(config, num_hidden_layers=5)
-            return "model.layers.4"
-        case "fewer layers":
-            edit_json(config, num_hidden_layers=3)
-            return "model.layers.3.input_layernorm.weight is not part of"
-        case "too many layers":
-            edit_json(config, num_hidden_layers=10**9)
-            return "n_layer = 1000000000"
         case "bias tensor" | "integer tensor" | "not a number" | "infinity":
-            tensors, name = load_file(weights), "model.layers.1.self_attn.q_proj.weight"
-            match case:
-                case "bias tensor":
-                    tensors["model.layers.1.self_attn.q_proj.bias"] = torch.zeros(64)
-                case "integer tensor":
-                    tensors[name] = tensors[name].to(torch.int8)
-                case "not a number":
-                    tensors[name][3, 5] = torch.nan
-                case "infinity":
-                    tensors[name][3, 5] = -torch.inf
-            save_file(tensors, weights, metadata={"format": "pt"})
-            return {
-                "bias tensor": "q_proj.bias is not part of",
-                "integer tensor": "q_proj.weight is int8",
-                "not a number": "q_proj.weight holds values that are not finite",
-                "infinity": "q_proj.weight holds values that are not finite",
-            }[case]
-        case "quantized":
-            edit_json(config, quantization_config=dict(quant_method="fp8"))
-            return "quantization_config"
-        case "tied in words":
-            edit_json(config, tie_word_embeddings="yes")
-            return "tied = 'yes'"
+            return damage_tensor(weights, case)
         case "eos true":
             edit_json(config, eos_token_id=True)
             (folder / "generation_config.json").unlink()
@@ -266,45 +234,46 @@ def damage(folder, case):
         case "bad tokenizer":
             (folder / "tokenizer.model").write_bytes(b"\x00nonsense")
             return "tokenizer.model: not a readable tokenizer"
-        case "other tokenizer":
-            edit_json(config, vocab_size=100)
-            return "don't belong together"
+
+
+def damage_tensor(weights, case):
+    """The same for one of the tensors."""
+    tensors, name = load_file(weights), "model.layers.1.self_attn.q_proj.weight"
+    match case:
+        case "bias tensor":
+            tensors["model.layers.1.self_attn.q_proj.bias"] = torch.zeros(64)
+            words = "q_proj.bias is not part of"
+        case "integer tensor":
+            tensors[name] = tensors[name].to(torch.int8)
+            words = "q_proj.weight is int8"
+        case "not a number":
+            tensors[name][3, 5] = torch.nan
+            words = "q_proj.weight holds values that are not finite"
+        case "infinity":
+            tensors[name][3, 5] = -torch.inf
+            words = "q_proj.weight holds values that are not finite"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return words
 
 
 CASES = [
-    "text for a number",
+    *BAD_CONFIG,
     "no objects",
-    "odd head",
     "eos",
-    "architecture",
-    "bias",
-    "rope",
-    "field",
-    "heads",
-    "shape",
-    "layers",
     "json",
     "no config",
     "no weights",
     "truncated",
     "truncated bin",
     "shard",
-    "fewer layers",
-    "too many layers",
     "bias tensor",
     "integer tensor",
     "not a number",
-    "quantized",
-    "tied in words",
     "eos true",
     "infinity",
-    "dynamic rope",
-    "rope without its number",
-    "part of a head",
     "tokenizer class",
     "no tokenizer",
     "bad tokenizer",
-    "other tokenizer",
 ]
 
 

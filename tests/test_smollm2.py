@@ -85,7 +85,10 @@ def written(model, prompts):
     ending = Ending.of(ours, tokenizer, NEW_TOKENS)
     decoders = [Decoder(ours, rows=6000, **how) for how in HOW]
     return {
-        name: [(run_sample(decoder, tokenizer, ids, ending), decoder.stats.tokens) for decoder in decoders]
+        name: [
+            (run_sample(decoder, tokenizer, ids, ending, reuse=i > 0), decoder.stats.tokens)
+            for i, decoder in enumerate(decoders)
+        ]
         for name, ids in prompts.items()
     }
 

@@ -35,8 +35,9 @@ pytestmark = pytest.mark.slow
 
 SHAPES = ["llama2", "codellama", "llama3", "llama3.2", "uneven", "tiny"]
 WORLDS = [2, 4]
+LONG = ["--prompt", "x" * 117]  # leaves room for 11 tokens: `auto` times few rounds
 MAIN = {
-    "auto": ["--self_speculative", "--early_exit", "2", "--speculate_k", "auto"],
+    "auto": [*LONG, "--self_speculative", "--early_exit", "2", "--speculate_k", "auto"],
     "stop": ["--stop", "e", "3"],
     "bad exit": ["--self_speculative", "--early_exit", "9"],
 }
