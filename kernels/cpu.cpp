@@ -397,7 +397,8 @@ template <int M, int P>
   }
 }
 
-// Columns [begin, end) of y. Where they begin or end within a panel, all of it is computed. sums: of each group of each row of x, for int4.
+// Columns [begin, end) of y. Where they begin or end within a panel, all of it is computed. sums: of each group of each
+// row of x, for int4.
 template <int M>
 static void quantized_rows(const float* x, const float* sums, const Matrix& w, float* y, int64_t begin, int64_t end) {
   constexpr int P = std::max(1, std::min(4, 2 * MOST / (V * M)));  // as many as there are registers for
@@ -790,6 +791,7 @@ static at::Tensor run_layers(const at::Tensor& x, const at::Tensor& pos, const a
   Pass<T> pass(layers, x.size(0), x.size(1), eps, group, processes);
   at::Tensor input = x.contiguous(), y = at::empty({pass.B, pass.L, pass.D}, embedding.options());
   TORCH_CHECK(pos.is_contiguous() && pos.numel() == pass.L && inv_freq.is_contiguous());
+  TORCH_CHECK_INDEX(pos.const_data_ptr<int64_t>()[pass.L - 1] < pass.S, "no cache row for that position");
   pass.place(pos.const_data_ptr<int64_t>(), inv_freq);
   if (x.scalar_type() == at::kLong) {
     const int64_t* ids = input.const_data_ptr<int64_t>();
@@ -834,6 +836,7 @@ static std::tuple<at::Tensor, at::Tensor> draft_tokens(const at::Tensor& token, 
   TORCH_CHECK(head.K == D && norm.numel() == D && vocabulary <= head.N && inv_freq.is_contiguous());
   at::Tensor states = at::empty({1, k, D}, embedding.options()), drafted = at::empty({1, k}, token.options());
   int64_t last = token.item<int64_t>(), position = pos.item<int64_t>();
+  TORCH_CHECK_INDEX(position + k <= pass.S, "no cache rows for these positions");
   std::vector<float> logits(head.N);
   std::vector<int64_t> best(at::get_num_threads());
   team([&](Member me) {

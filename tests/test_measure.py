@@ -572,10 +572,10 @@ def test_correctness_of_every_drafter(checkpoint, prompts, tmp_path, monkeypatch
     """Copies broken on purpose are found, and nothing else."""
     short, expected = [*EVERY, "--max_new_tokens", "25"], []
     for way in WAYS:
-        expected += [way, f"n-gram K=8, {way}"]
+        expected += [way, f"n-gram K=7, {way}"]
     run_correctness(checkpoint("llama2"), prompts, tmp_path / "good", *short)
     rows = [json.loads(line) for line in (tmp_path / "good.jsonl").read_text().splitlines()[1:]]
-    assert [row["decoding"] for row in rows] == [*expected, "n-gram K=8"]
+    assert [row["decoding"] for row in rows] == [*expected, "n-gram K=7"]
     assert all(row["tokens"] == 75 and row["different"] == 0 for row in rows)
     monkeypatch.setattr(QuantizedDrafter, "verify_from", SelfDrafter.verify_from)
     with pytest.raises(SystemExit, match="NOT what plain decoding writes"):
