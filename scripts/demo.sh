@@ -32,4 +32,4 @@ python generate.py --num_samples 1 --top_p 0.95 --self_speculative --early_exit 
         self.items = []
 
     def '
-python scripts/benchmark.py --early_exit 3 --speculate_k 6 --pass_rows 0 --json /dev/null
+python scripts/benchmark.py --early_exit 3 --speculate_k 7 --draft_precision same int8 --pass_rows 0 --json /dev/null

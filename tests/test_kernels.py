@@ -27,7 +27,7 @@ def built(two_threads):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n,k", [(1, 1), (7, 5), (64, 48), (33, 100), (130, 320), (1000, 257)])
+@pytest.mark.parametrize("n,k", [(1, 1), (7, 5), (64, 48), (33, 100), (130, 320), (1000, 257), (21, 1100)])
 @pytest.mark.parametrize("m", ROWS)
 def test_linear(m, n, k, dtype):
     g = torch.Generator().manual_seed(m * n + k)
