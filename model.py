@@ -478,11 +478,12 @@ class Transformer(nn.Module):
         `forward` does.
         """
         kind = kernels.backend(self.embed.weight, x.shape[0] * x.shape[1])
-        if kind == "cpu" and all(native is not None for native in natives(layers)):
+        own = natives(layers)
+        if kind == "cpu" and all(native is not None for native in own):
             pos = torch.arange(x.shape[1]) if pos is None else pos
             group = (self.shard.group, self.shard.size) if self.shard else ()
             return torch.ops.layerskip.layers(
-                x, pos, self.inv_freq, self.embed.weight, natives(layers), self.config.norm_eps, *group
+                x, pos, self.inv_freq, self.embed.weight, own, self.config.norm_eps, *group
             )
         pos, rope, cached = self.positions(x.shape[1], pos)
         if not x.is_floating_point():

@@ -839,12 +839,13 @@ static std::tuple<at::Tensor, at::Tensor> draft_tokens(const at::Tensor& token, 
   int64_t last = token.item<int64_t>(), position = pos.item<int64_t>();
   TORCH_CHECK_INDEX(position + k <= pass.S, "no cache rows for these positions");
   std::vector<float> logits(head.N);
-  std::vector<int64_t> best(at::get_num_threads());
+  std::vector<int64_t> best;  // of each member; how many there are shows in the team only
   team([&](Member me) {
     std::vector<float> normed(D);
     auto [begin, end] = me.share(vocabulary);
     for (int64_t i = 0; i < k; i++) {
       if (me.index == 0) {
+        best.resize(me.count);
         pass.embed(&last, embedding);
         pass.place(&position, inv_freq);
       }
