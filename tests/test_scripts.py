@@ -91,6 +91,7 @@ def test_the_documented_commands_run_word_for_word(hf_folder, tmp_path):
         "checkpoint.py",
         "drafters.py",
         "command.py",
+        "files.py",
         "quantize.py",
         "tp.py",
         "generate.py",

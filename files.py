@@ -1,0 +1,297 @@
+"""Files as all commands read and write them: JSON that is checked, and results that appear whole or not at all.
+
+What is being written lies beside its target, in a file or folder of its own name that the writer keeps locked. So two
+writers never share one, and what a killed writer left is known by its lock being free: the next run deletes it.
+"""
+
+import errno
+import glob
+import json
+import os
+import secrets
+import shutil
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+try:
+    import fcntl
+except ImportError:  # Windows: what killed writers left stays there
+    fcntl = None  # type: ignore[assignment]
+
+from command import InputError
+
+CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS}  # the file system has no such operation
+
+
+# Reading.
+
+
+def check_regular(path: str | Path, what: str = "file") -> None:
+    """Raise InputError if `path` is there and is no regular file: reading it could take for ever."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: not a regular file; a {what} was expected")
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, without a byte-order mark. Raises InputError if it can't be read."""
+    check_regular(path)
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text") from None
+    except (OSError, ValueError) as error:  # the latter: a path that can't be one
+        raise InputError(f"{path}: can't be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError for what Python takes beyond JSON, and for anything ambiguous."""
+    try:
+        return json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def refuse(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def finite(digits: str) -> float:
+    value = float(digits)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{digits} is too large a number")
+    return value
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"field {twice!r} is there twice")
+    return values
+
+
+def read_json(path: str | Path) -> Any:
+    """The value in a JSON file. Raises InputError if it can't be read or isn't JSON."""
+    try:
+        return parse_json(read_text(path))
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file; {} if there is no such file. Raises InputError if it holds something else."""
+    if not Path(path).exists():
+        return {}
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return value
+
+
+# Writing.
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Give the path of an empty file, which takes the place of `path` if all goes well, and is deleted if not.
+
+    A link is followed to what it names. A pipe or a device gets the file's content. Raises InputError if `path` is a
+    folder or can't be written; an OSError that names another file passes.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name a file")
+    through = is_stream(path)
+    target = path.absolute() if through else Path(os.path.realpath(path))
+    folder = Path(os.environ.get("TMPDIR", "/tmp")) if through else target.parent
+    try:
+        clear(folder, target.name)
+        partial, held = create(folder, target.name)
+    except OSError as error:
+        raise unwritable(path, error) from None
+    try:
+        yield partial
+        if through:
+            copy_into(path, partial)
+            return
+        sync(partial)
+        partial.replace(target)
+        sync_folder(folder)
+    except OSError as error:
+        if error.filename not in (None, str(partial)):
+            raise
+        raise unwritable(path, error) from None
+    finally:
+        partial.unlink(missing_ok=True)
+        os.close(held)
+
+
+@contextmanager
+def new_folder(path: str | Path, option: str) -> Iterator[Path]:
+    """Give an empty folder that becomes `path` if all goes well, and is deleted if not.
+
+    option: which names it. Raises InputError if `path` exists or can't be written; an OSError that names a file
+    elsewhere passes.
+    """
+    path = Path(path)
+    if path.exists() or path.is_symlink():
+        raise InputError(f"{option} {path}: exists already; name a new folder")
+    beside = next(folder for folder in path.absolute().parents if folder.exists())
+    advice = "name a new folder where there is room"
+    try:
+        clear(beside, path.name)
+        partial, held = create(beside, path.name, folder=True)
+    except OSError as error:
+        raise InputError(f"{option} {path}: can't be written ({error.strerror or error}); {advice}") from None
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            sync(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.rename(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.filename and not str(error.filename).startswith((str(partial), str(path.parent))):
+            raise
+        raise InputError(f"{option} {path}: can't be written ({error.strerror or error}); {advice}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.close(held)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 file by `replacing`."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
+    """Write a JSON file by `replacing`."""
+    write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path}: can't be written ({error.strerror or error})")
+
+
+def is_stream(path: Path) -> bool:
+    """Whether there is something at `path` that is written into and not replaced."""
+    if str(path).startswith(("/dev/", "/proc/")):  # also /dev/stdout where it is a file
+        return True
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False
+
+
+def copy_into(stream: Path, file: Path) -> None:
+    with open(file, "rb") as source, open(stream, "ab") as target:
+        shutil.copyfileobj(source, target)
+
+
+def create(beside: Path, name: str, folder: bool = False) -> tuple[Path, int]:
+    """A new file or folder for what will be `name`: (its path, a descriptor that holds its lock)."""
+    while True:
+        partial = beside / f".partial-{secrets.token_hex(4)}-{name}"
+        if folder:
+            partial.mkdir()
+            held = os.open(partial, os.O_RDONLY)
+        else:
+            held = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        if take(held) and partial.exists():  # else another run deleted it before it was locked
+            return partial, held
+        os.close(held)
+
+
+def take(descriptor: int) -> bool:
+    """Lock an open file or folder for this process. Returns whether nobody else holds it."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+def clear(folder: Path, name: str) -> None:
+    """Delete what killed writers of `name` left in the folder."""
+    if fcntl is None:
+        return
+    for left in folder.glob(f".partial-????????-{glob.escape(name)}"):
+        with suppress(OSError):  # gone by now, or another user's
+            descriptor = os.open(left, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if it is held, or can't be known
+                if left.is_dir():
+                    shutil.rmtree(left)
+                else:
+                    left.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Make sure that the disk has a file or folder. Raises OSError if it doesn't take it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """So that a crash doesn't undo a rename. Nothing is lost where that can't be done: the file itself is whole."""
+    with suppress(OSError):
+        sync(folder)
+
+
+# One at a time.
+
+
+@contextmanager
+def locked(target: str | Path) -> Iterator[None]:
+    """Keep other runs from doing the same work. Raises InputError, with the holder's name, if another run is at it.
+
+    target: the file or folder that will be written. The lock, a hidden file beside it, ends with its process.
+    """
+    target = Path(target).absolute()
+    path = target.with_name(f".{target.name}.lock")
+    lock = FileLock(str(path))
+    try:
+        lock.acquire(timeout=0)
+        note = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
+        path.write_text(note)
+    except Timeout:
+        raise InputError(f"{target}: {holder(path)} is writing it; wait until it has ended") from None
+    except NotImplementedError:  # a file system without locks
+        pass
+    except OSError as error:
+        raise unwritable(target, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def holder(path: Path) -> str:
+    """Who holds a lock, as its file says."""
+    with suppress(OSError, UnicodeDecodeError):
+        return path.read_text().strip() or "another process"
+    return "another process"
