@@ -1,13 +1,18 @@
 """Checkpoint files: model.pth, a plain state dict, and model.json, its description. Reading, checking, writing."""
 
 import ctypes
+import hashlib
 import json
 import mmap
 import os
+import struct
 import sys
+import zipfile
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields, replace
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from command import InputError, check_memory, first_line
+from files import locked, read_object, replacing
 from kernels import cpu
 from model import Linear, ModelConfig, Transformer, rope_frequencies
 
@@ -22,6 +28,9 @@ if TYPE_CHECKING:
     from tp import Shard
 
 CACHE_LINE = 64  # bytes
+BLOCK = 1 << 20  # bytes that are read at a time where a file is checked
+CHECKERS = 2  # threads that do so
+DIGEST = "weights"  # the field of model.json that says which model.pth it describes
 
 
 def load_config(path: str | Path) -> ModelConfig:
@@ -87,10 +96,19 @@ def check_tensor(found: Tensor, wanted: Tensor, what: str) -> None:
 def allocate_file(path: Path, like: dict[str, Tensor]) -> None:
     """Write a checkpoint file of `like`'s names, shapes and dtypes. Its values are to be set later."""
     with torch.serialization.skip_data():
-        torch.save({name: torch.empty(t.shape, dtype=t.dtype) for name, t in like.items()}, path)
+        save_tensors({name: torch.empty(t.shape, dtype=t.dtype) for name, t in like.items()}, path)
     if hasattr(os, "posix_fallocate"):  # a full disk shows now, and not later as a fault in the middle of writing
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+def save_tensors(value: object, path: Path) -> None:
+    """torch.save, with the same bytes whatever the file's name. Raises OSError if the disk is full."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:  # how torch.save reports it
+        raise OSError(f"{first_line(error, 'unknown reason')}; is the disk full?") from None
 
 
 @contextmanager
@@ -98,26 +116,19 @@ def saved(path: str | Path, like: dict[str, Tensor], config: ModelConfig) -> Ite
     """Write `model.pth` and the `model.json` beside it, both whole or neither, without having all of it in memory.
 
     like: {name: tensor} of the shapes and dtypes to come. Yields a dict of tensors to copy the values into: they are
-    the file's own, mapped into memory.
+    the file's own, mapped into memory. Raises InputError if the files can't be written, or another run writes them.
     """
     path = Path(path)
     check_state(like, config, path)
     description = path.with_suffix(".json")
-    partial = {target: target.with_name(target.name + ".partial") for target in (description, path)}
-    try:
-        try:
-            partial[description].write_text(config.to_json())
-            allocate_file(partial[path], like)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            raise InputError(f"{path}: can't be written ({first_line(error, '')})") from None
+    with locked(path), replacing(description) as text, replacing(path) as weights:
+        allocate_file(weights, like)
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-            result = torch.load(partial[path], mmap=True, weights_only=True)
+            result = torch.load(weights, mmap=True, weights_only=True)
         yield result
-        for target, written in partial.items():
-            written.replace(target)
-    finally:
-        for written in partial.values():
-            written.unlink(missing_ok=True)
+        write_checksums(weights)
+        # The two files can't appear at the same time. A crash in between leaves a digest that doesn't fit, which shows.
+        text.write_text(json.dumps({**asdict(config), DIGEST: digest(weights)}, indent=2) + "\n")
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Tensor], config: ModelConfig) -> None:
@@ -127,13 +138,100 @@ def save_checkpoint(path: str | Path, state: dict[str, Tensor], config: ModelCon
             result[name].copy_(t)
 
 
+# A checkpoint file is a zip archive, as torch.save writes it. Each of its records has a checksum (CRC-32), which stands
+# behind the record and in the directory at the archive's end.
+
+
+def write_checksums(path: Path) -> None:
+    """Set the checksums of an archive whose records were changed in place."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        entry = archive.start_dir
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as data:
+        for record in records:
+            lengths = struct.unpack_from("<HH", data, record.header_offset + 26)  # of the name, and what follows it
+            begin = record.header_offset + 30 + sum(lengths)
+            end = begin + record.file_size
+            checksum = struct.pack("<I", zlib.crc32(memoryview(data)[begin:end]))
+            if data[end : end + 4] == b"PK\x07\x08":
+                data[end + 4 : end + 8] = checksum
+            else:
+                data[record.header_offset + 14 : record.header_offset + 18] = checksum
+            data[entry + 16 : entry + 20] = checksum
+            entry += 46 + sum(struct.unpack_from("<HHH", data, entry + 28))
+
+
+def digest(path: Path) -> str:
+    """What tells a checkpoint file from every other: SHA-256 of the archive's directory, which has all checksums."""
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        file.seek(archive.start_dir)
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+@contextmanager
+def verified(path: Path, description: Path, share: int = 0, shares: int = 1) -> Iterator[None]:
+    """Check that a file is the one that its description names, and its checksums while the body runs.
+
+    share, shares: check every shares-th record only, for processes that check a part each. Files without a digest in
+    their description are older and have no right checksums: nothing is checked. Raises InputError at the end if a
+    record is damaged.
+    """
+    wanted = read_object(description).get(DIGEST)
+    if wanted is None:
+        yield
+        return
+    if wanted != digest(path):
+        raise InputError(f"{path}: not the file that {description.name} describes; convert the checkpoint again")
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()[share::shares]
+    with ThreadPoolExecutor(CHECKERS) as pool:
+        checks = [pool.submit(check_record, path, record) for record in records]
+        try:
+            yield
+            for check in checks:
+                check.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def check_record(path: Path, record: zipfile.ZipInfo) -> None:
+    """Raise InputError if a record of an archive doesn't have its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(record) as data:
+            while data.read(BLOCK):
+                pass
+    except (zipfile.BadZipFile, OSError) as error:
+        raise InputError(f"{path}: damaged ({first_line(error, 'unreadable')}); make it anew") from None
+
+
+def check_records(path: Path) -> None:
+    """Raise InputError if a record of an archive doesn't have its checksum."""
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            check_record(path, record)
+
+
+def check_archive(path: Path) -> None:
+    """Raise InputError if a file is an archive with compressed records, which can't be mapped into memory."""
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise InputError(f"{path}: {record.filename} is compressed; only what torch.save writes can be read")
+
+
 def read_state(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """What a checkpoint file holds, on the CPU mapped and not read. Raises InputError if it is missing or damaged."""
+    """What a checkpoint file holds, on the CPU mapped and not read; its checksums are for `verified` to check.
+
+    Raises InputError if it is missing or not readable.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: not found; scripts/prepare.sh downloads and converts a checkpoint")
     try:
+        check_archive(path)
         return torch.load(path, mmap=True, weights_only=True, map_location=device)
+    except InputError:
+        raise
     except Exception as error:  # a damaged file surfaces as many kinds of error
         raise InputError(f"{path}: not a readable checkpoint ({first_line(error, 'empty file')})") from None
 
@@ -143,22 +241,27 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     shard: "Shard | None" = None,
+    verify: bool = True,
 ) -> Transformer:
     """Load `model.pth` with the `model.json` beside it, in evaluation mode, without caches; with a shard, its part.
 
     The file is mapped and never unpickled as code. Its tensors go to the device one by one; of each only the part that
-    is needed is read. Raises InputError if a file is missing or damaged, if names or shapes don't fit the description,
-    or if the model can't be split.
+    is needed is read. verify: check the file's checksums meanwhile; of several processes, each checks a part. Raises
+    InputError if a file is missing or damaged, if names or shapes don't fit the description, or if the model can't be
+    split.
     """
     path = Path(path)
     state = read_state(path)
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         expected = "a checkpoint of scripts/convert_hf_checkpoint.py was expected"
         raise InputError(f"{path}: holds more than tensors; {expected}")
-    config = load_config(path.with_suffix(".json"))
+    description = path.with_suffix(".json")
+    config = load_config(description)
     check_state(state, config, path)
     model = empty_model(config, device, dtype, path, shard)
-    copy_state(state, model)
+    share = (shard.rank, shard.size) if shard else (0, 1)
+    with verified(path, description, *share) if verify else nullcontext():
+        copy_state(state, model)
     return model
 
 

@@ -12,6 +12,7 @@ import secrets
 import shutil
 import socket
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 try:
     import fcntl
@@ -114,7 +116,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise InputError(f"{path}: is a folder; name a file")
     through = is_stream(path)
     target = path.absolute() if through else Path(os.path.realpath(path))
-    folder = Path(os.environ.get("TMPDIR", "/tmp")) if through else target.parent
+    folder = Path(tempfile.gettempdir()) if through else target.parent
     try:
         clear(folder, target.name)
         partial, held = create(folder, target.name)
@@ -161,10 +163,12 @@ def new_folder(path: str | Path, option: str) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.rename(path)
         sync_folder(path.parent)
-    except OSError as error:
-        if error.filename and not str(error.filename).startswith((str(partial), str(path.parent))):
+    except (OSError, SafetensorError) as error:  # the latter comes when the disk is full
+        elsewhere = getattr(error, "filename", None)
+        if elsewhere and not str(elsewhere).startswith((str(partial), str(path.parent))):
             raise
-        raise InputError(f"{option} {path}: can't be written ({error.strerror or error}); {advice}") from None
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{option} {path}: can't be written ({why}); {advice}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         os.close(held)
@@ -179,6 +183,32 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
     """Write a JSON file by `replacing`."""
     write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def drop_torn_line(path: str | Path) -> bool:
+    """Cut off the end of a file of lines that has no line's end: its writer was killed. Returns whether there was one.
+
+    Raises InputError if the file can't be read or written.
+    """
+    try:
+        with open(path, "rb+") as file:
+            text = file.read()
+            whole = text.rfind(b"\n") + 1
+            file.truncate(whole)
+    except OSError as error:
+        raise unwritable(Path(path), error) from None
+    return whole < len(text)
+
+
+def append_line(path: str | Path, line: str) -> None:
+    """Add a line to a UTF-8 file, so that a crash of the machine doesn't lose it. Raises InputError if it can't."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise unwritable(Path(path), error) from None
 
 
 def unwritable(path: Path, error: OSError) -> InputError:
@@ -266,16 +296,17 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(target: str | Path) -> Iterator[None]:
+def locked(target: str | Path, wait: float = 0) -> Iterator[None]:
     """Keep other runs from doing the same work. Raises InputError, with the holder's name, if another run is at it.
 
-    target: the file or folder that will be written. The lock, a hidden file beside it, ends with its process.
+    target: the file or folder that will be written. wait: how many seconds another run may take to end. The lock, a
+    hidden file beside the target, ends with its process.
     """
     target = Path(target).absolute()
     path = target.with_name(f".{target.name}.lock")
     lock = FileLock(str(path))
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait)
         note = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
         path.write_text(note)
     except Timeout:
@@ -287,6 +318,7 @@ def locked(target: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
+        path.unlink(missing_ok=True)  # while it is held: who has opened it sees that it is gone, and makes another
         lock.release()
 
 

@@ -12,6 +12,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -29,6 +30,7 @@ import tune
 from checkpoint import count_parameters, load_model
 from command import InputError, add_threads, check_device, check_writable, set_threads
 from drafters import SMALLER, Drafter, check_length, make_drafter, weight_bytes
+from files import replacing, write_json
 from model import Transformer
 from tokenizer import Text, Tokenizer
 from tp import Shard, broadcast, run_command, start
@@ -732,16 +734,16 @@ def find_checkpoint(args: argparse.Namespace, shard: Shard) -> Path:
 
 
 def load(
-    path: str | Path, device: str, precision: str | None, shard: Shard | None = None
+    path: str | Path, device: str, precision: str | None, shard: Shard | None = None, verify: bool = True
 ) -> tuple[Transformer, Tokenizer]:
-    """(model, tokenizer) of a checkpoint file. precision None: bfloat16 on CUDA, float32 on the CPU. shard: as in
-    `load_model`.
+    """(model, tokenizer) of a checkpoint file. precision None: bfloat16 on CUDA, float32 on the CPU. shard, verify: as
+    in `load_model`.
     """
     path = Path(path)
     check_device(device)
     if precision is None:
         precision = "bfloat16" if torch.device(device).type == "cuda" else "float32"
-    model = load_model(path, device, getattr(torch, precision), shard)
+    model = load_model(path, device, getattr(torch, precision), shard, verify)
     tokenizer = Tokenizer.load(path.parent)
     tokenizer.check_model(model.config.vocab_size)
     return model, tokenizer
@@ -753,7 +755,7 @@ def load_draft(args: argparse.Namespace, path: Path, tokenizer: Tokenizer, shard
     """
     if not args.draft_checkpoint_path:
         return None
-    model, own = load(args.draft_checkpoint_path, args.device, args.precision, shard)
+    model, own = load(args.draft_checkpoint_path, args.device, args.precision, shard, not args.no_verify)
     if not tokenizer.same_as(own):
         option = f"--draft_checkpoint_path {args.draft_checkpoint_path}"
         raise InputError(f"{option}: its tokenizer is not that of {path}: a draft model must share it")
@@ -903,6 +905,7 @@ def add_how_to_run(p: argparse.ArgumentParser) -> None:
         choices=["bfloat16", "float16", "float32"],
         help="of the weights (default: bfloat16 on CUDA, float32 on the CPU)",
     )
+    add("--no_verify", action="store_true", help="don't check the checkpoint's checksums while it is loaded")
     add_threads(add)
     add("--compile", action="store_true", help="compile decoding on a GPU; on the CPU its kernels are compiled already")
     add("--compile_prefill", action="store_true", help="compile the prompt's pass too")
@@ -1133,6 +1136,16 @@ def make_report(
     )
 
 
+def write_profile(profile: torch.profiler.profile, path: Path) -> None:
+    """Write a trace in Chrome's format. Raises InputError if it can't be written."""
+    with tempfile.TemporaryDirectory() as folder, replacing(path) as trace:
+        written = Path(folder) / "trace.json"  # the profiler makes files beside it
+        profile.export_chrome_trace(str(written))
+        if not written.is_file() or not written.read_bytes().rstrip().endswith(b"}"):
+            raise OSError("the profiler couldn't write all of it; is the disk full?")
+        shutil.copyfile(written, trace)
+
+
 def print_report(report: dict, drafted: bool, shard: Shard) -> None:
     rates = [sample["tokens_per_second"] for sample in report["samples"]]
     print("=" * 10)
@@ -1163,7 +1176,7 @@ def main(argv: list[str] | None = None) -> None:
     shard = start()
     args.device = shard.device(args.device)
     path = find_checkpoint(args, shard)
-    model, tokenizer = load(path, args.device, args.precision, shard)
+    model, tokenizer = load(path, args.device, args.precision, shard, not args.no_verify)
     ending = Ending.of(model, tokenizer, args.max_new_tokens, args.stop, args.stop_token_ids)
     text = read_prompt(args, shard)
     prompt = encode_prompt(tokenizer, text, args)
@@ -1183,13 +1196,13 @@ def main(argv: list[str] | None = None) -> None:
         with torch.profiler.profile() as profile:
             run_sample(decoder, tokenizer, prompt, ending)
         if shard.rank == 0:
-            profile.export_chrome_trace(str(args.profile))
+            write_profile(profile, args.profile)
     report = make_report(samples, decoder, compile_seconds, args, shard)
     print_report(report, decoder.K > 0, shard)
     if args.json == "-":
         print(json.dumps(report))
     elif args.json and shard.rank == 0:
-        Path(args.json).write_text(json.dumps(report) + "\n")
+        write_json(args.json, report)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import check_state, expected_tensors, load_config, read_state, release, saved
+from checkpoint import check_state, expected_tensors, load_config, read_state, release, saved, verified
 from command import InputError, check_device, run_command
 from kernels.formats import GROUPSIZES, dequantize, int4_range, int4_round, int8_rows, pack, round_weight
 from model import Block, Linear, ModelConfig, Transformer
@@ -216,7 +216,8 @@ def quantize_checkpoint(
     if mode == "int4-gptq":
         inputs = first_inputs(state, config, calibration, device)
     float_config = replace(new, quantization=None, groupsize=None)
-    with saved(out, result_types(wanted, state["embed.weight"].dtype), new) as result:
+    types = result_types(wanted, state["embed.weight"].dtype)
+    with saved(out, types, new) as result, verified(path, path.with_suffix(".json")):
         for i in tqdm(range(new.n_layer), desc=mode, unit="layer", disable=None):
             tensors = layer_state(state, i)
             if inputs:

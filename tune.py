@@ -24,6 +24,7 @@ import kernels
 from checkpoint import dtype_name
 from command import InputError
 from drafters import last_exit
+from files import locked, write_json
 from model import Transformer
 
 Decoder = Any  # generate.Decoder; generate.py imports this module
@@ -279,11 +280,10 @@ def read_settings(checkpoint: str | Path) -> list[dict[str, Any]]:
 def store(checkpoint: str | Path, key: dict[str, Any], exit_layer: int | None, k: int, precision: str) -> None:
     """Keep a setting in place of what was kept for the same key."""
     path = tuned_path(checkpoint)
-    entries = [entry for entry in read_settings(checkpoint) if not is_for(entry, key)]
-    entries.append({**key, "exit_layer": exit_layer, "k": k, "draft_precision": precision})
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(json.dumps(entries, indent=2) + "\n")
-    unfinished.replace(path)
+    with locked(path, wait=10):  # another run may keep its own just now
+        entries = [entry for entry in read_settings(checkpoint) if not is_for(entry, key)]
+        entries.append({**key, "exit_layer": exit_layer, "k": k, "draft_precision": precision})
+        write_json(path, entries, indent=2)
 
 
 def stored(checkpoint: str | Path, key: dict[str, Any]) -> Setting | None:

@@ -32,6 +32,7 @@ import tasks
 from checkpoint import empty_model
 from command import InputError, check_writable, run_command
 from drafters import Drafter, SelfDrafter, check_length
+from files import write_text
 from generate import Decoder, acceptance, load, peak_memory_gb, total_counts, total_rounds
 from model import Linear, ModelConfig, RMSNorm, Transformer
 from tokenizer import Tokenizer
@@ -551,7 +552,7 @@ def write_json(
     if args.json == "-":
         print(line)
     elif args.json:
-        Path(args.json).write_text(line + "\n")
+        write_text(args.json, line + "\n")
 
 
 if __name__ == "__main__":

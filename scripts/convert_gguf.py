@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from command import InputError, check_memory, run_command
+from files import new_folder
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -274,27 +274,6 @@ def write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     write_tokenizer(folder, tokenizer, config.vocab_size)
 
 
-@contextmanager
-def whole(out: Path) -> Iterator[Path]:
-    """Give an empty folder that becomes `out` if all goes well, and is deleted if not.
-
-    Raises InputError if `out` exists or can't be written.
-    """
-    if out.exists():
-        raise InputError(f"--out {out}: exists already; name a new folder")
-    beside = next(folder for folder in out.absolute().parents if folder.exists())
-    try:
-        with tempfile.TemporaryDirectory(dir=beside, prefix=out.name) as partial:
-            made = Path(partial) / out.name
-            made.mkdir()
-            yield made
-            out.parent.mkdir(parents=True, exist_ok=True)
-            made.rename(out)
-    except (OSError, SafetensorError) as error:  # the latter comes when the disk is full
-        why = getattr(error, "strerror", None) or reason(error)
-        raise InputError(f"--out {out}: can't be written ({why}); name a new folder where there is room") from None
-
-
 def convert(file: Path | str, out: Path | str, dtype: str = "auto") -> Path:
     """Write the new Hugging Face folder `out` from a GGUF file; returns `out`. Raises InputError if that can't be done.
 
@@ -306,7 +285,7 @@ def convert(file: Path | str, out: Path | str, dtype: str = "auto") -> Path:
     with blaming(file, DAMAGED):
         check_kind(file, reader)
         check_tensors(file, reader)
-    with whole(out) as folder:
+    with new_folder(out, "--out") as folder:
         chosen = choose_dtype(file, reader, dtype)
         values = sum(int(tensor.n_elements) for tensor in reader.tensors)
         check_memory(values * chosen.itemsize, "cpu", f"converting {file}")

@@ -25,6 +25,7 @@ import torch
 import tasks
 from command import InputError, check_writable, run_command
 from drafters import check_precision
+from files import write_text
 from generate import CHECKPOINTS, Decoder, Sampling, load
 from model import Transformer
 from tokenizer import Tokenizer
@@ -158,7 +159,7 @@ def evaluate_tasks(args: argparse.Namespace, model: Transformer, tokenizer: Toke
     from harness import Engine, run_tasks
 
     results = run_tasks(args, Engine(model, tokenizer, args.exit_layer, build, args.batch_size))
-    Path(f"{args.out}.json").write_text(json.dumps(results, default=str) + "\n")
+    write_text(f"{args.out}.json", json.dumps(results, default=str) + "\n")
     rows = metric_rows(results["results"])
     tasks.write_rows(args.out, rows)
     layers = "all layers"
@@ -293,8 +294,7 @@ def plot(path: str, rows: list[tasks.Row], title: str) -> None:
             layers, agreement, f"{marker}--", color="tab:orange", label=f"agreement in %, {precision} (right)"
         )
     figure.legend(handles=lines, loc="outside lower center", ncols=len(lines) // 2)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    tasks.save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Write a checkpoint as a Hugging Face folder, so that transformers (and its assistant_early_exit) can run it."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from checkpoint import check_state, dtype_name, load_config, read_state
+from checkpoint import check_state, dtype_name, load_config, read_state, verified
 from command import InputError, run_command
-from convert_gguf import whole
 from convert_hf_checkpoint import tensor_names
+from files import new_folder, write_json
 from model import ModelConfig
 from tokenizer import Tokenizer
 
@@ -24,8 +23,9 @@ def export(path: str | Path, out: str | Path) -> Path:
     Raises InputError if the checkpoint is quantized, or the folder exists or can't be written.
     """
     path, out = Path(path), Path(out)
-    with whole(out) as folder:
-        state, config = read_state(path), load_config(path.with_suffix(".json"))
+    description = path.with_suffix(".json")
+    with new_folder(out, "--out") as folder, verified(path, description):
+        state, config = read_state(path), load_config(description)
         if config.quantization:
             raise InputError(
                 f"--checkpoint_path {path}: is quantized ({config.quantization}); "
@@ -36,8 +36,8 @@ def export(path: str | Path, out: str | Path) -> Path:
         save_torch_state_dict(unstack(state, config), folder)
         special = {"bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids) or None}
         dtype = dtype_name(state["embed.weight"].dtype)
-        write_json(folder / "config.json", {**describe(config), "torch_dtype": dtype, **special})
-        write_json(folder / "generation_config.json", special)
+        write_json(folder / "config.json", {**describe(config), "torch_dtype": dtype, **special}, indent=2)
+        write_json(folder / "generation_config.json", special, indent=2)
         tokenizer.save(folder)
     return out
 
@@ -77,10 +77,6 @@ def describe(config: ModelConfig) -> dict[str, Any]:
         rope_theta=config.rope_theta,
         rope_scaling=config.rope_scaling,
     )
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def main() -> None:

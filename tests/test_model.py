@@ -108,7 +108,7 @@ def test_every_layout_converts(shape, layout, hf_folder, tmp_path, tokens):
     with torch.no_grad():
         assert_close(model.logits(model(tokens)), theirs(tokens).logits)
     assert (tmp_path / "config.json").read_bytes() == before
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".partial-*"))
 
 
 @pytest.mark.parametrize("scaling", [None, LLAMA3_ROPE])

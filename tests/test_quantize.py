@@ -400,7 +400,7 @@ def test_a_signal_leaves_nothing_half_written(number, code, tmp_path):
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    while not list(tmp_path.glob("*.partial")):
+    while not list(tmp_path.glob(".partial-*")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.send_signal(number)

@@ -1,0 +1,342 @@
+"""What is written is whole or not there, whoever writes, is killed, or runs out of disk; what is damaged is noticed."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import stat
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import convert_hf_checkpoint
+import export_hf_checkpoint
+import files
+import generate
+import quantize
+import tasks
+import train
+from campaign import campaign
+from checkpoint import load_model
+from command import InputError
+from conftest import ROOT, call
+from processes import command, end, fork, limited
+
+DEMO = ROOT / "checkpoints" / "demo"
+
+
+def names(folder):
+    return {file.name for file in Path(folder).iterdir()}
+
+
+def copy_of(hf_folder, tmp_path, shape="llama2"):
+    """A Hugging Face folder of its own."""
+    folder = tmp_path / "model"
+    shutil.copytree(hf_folder(shape)[0], folder, ignore=shutil.ignore_patterns("model.pth", "model.json"))
+    return folder
+
+
+# Two writers of one target.
+
+
+def test_conversions_of_one_folder_at_once(hf_folder, tmp_path):
+    folder, model = copy_of(hf_folder, tmp_path), hf_folder("llama2")[1]
+    before = names(folder)
+    for _ in range(4):
+        runs = [fork(lambda: convert_hf_checkpoint.convert(folder)) for _ in range(4)]
+        ends = [end(*run) for run in runs]
+        for code, text in ends:
+            assert (code, text) == (0, "") or (code == 1 and "is writing it; wait" in text and text.count("\n") == 1)
+        assert any(code == 0 for code, _ in ends)
+        loaded = load_model(folder / "model.pth")
+        assert torch.equal(loaded.embed.weight, model.model.embed_tokens.weight)
+        assert names(folder) == before | {"model.pth", "model.json"}
+
+
+def test_the_lock_names_its_holder(tmp_path):
+    with files.locked(tmp_path / "out"), pytest.raises(InputError) as caught, files.locked(tmp_path / "out"):
+        pass
+    assert f"process {os.getpid()} on " in str(caught.value) and " since 20" in str(caught.value)
+    with files.locked(tmp_path / "out"):  # and is free again
+        pass
+
+
+def test_one_run_trains_in_a_folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    with files.locked(tmp_path / "out" / train.STATE_FILE):
+        result = call(train.main, "--data", ROOT / "tests", "--out", tmp_path / "out", "--device", "cpu")
+    assert result.returncode == 1 and "is writing it" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_one_run_measures_into_a_file(tmp_path):
+    results = tasks.Results(tmp_path / "r", {"a": 1})
+    with pytest.raises(InputError, match="is writing it"):
+        tasks.Results(tmp_path / "r", {"a": 1})
+    results.add({"b": 2})
+    del results
+    assert tasks.Results(tmp_path / "r", {"a": 1}).rows == [{"b": 2}]
+
+
+# What takes a file's place.
+
+
+def test_a_new_file_has_the_users_permissions(tmp_path):
+    before = os.umask(0o027)
+    try:
+        files.write_text(tmp_path / "new", "text")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o640
+
+
+def test_links_are_followed_and_folders_kept(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there/target")
+    for text in ("first", "second"):
+        files.write_text(tmp_path / "link", text)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "target").read_text() == text
+    assert names(tmp_path / "there") == {"target"}
+    with pytest.raises(InputError, match="is a folder"):
+        files.write_text(tmp_path / "there", "text")
+
+
+def test_a_pipe_gets_the_content(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    child, stderr = fork(lambda: files.write_text(tmp_path / "pipe", "text"))
+    assert (tmp_path / "pipe").read_text() == "text"
+    assert end(child, stderr) == (0, "") and (tmp_path / "pipe").is_fifo()
+
+
+def test_a_profile_goes_where_it_is_told(tmp_path):
+    """Its library writes another file and renames that: as root, /dev/null became a file."""
+    (tmp_path / "link.json").symlink_to("trace.json")
+    for path in ("/dev/null", tmp_path / "link.json"):
+        options = ["--num_samples", 1, "--max_new_tokens", 2, "--device", "cpu", "--profile", path]
+        result = call(generate.main, *options, "--json", "/dev/null")
+        assert result.returncode == 0, result.stderr
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert names(tmp_path) == {"link.json", "trace.json"}
+
+
+def test_an_error_leaves_the_old_file(tmp_path):
+    files.write_text(tmp_path / "file", "old")
+    with pytest.raises(RuntimeError), files.replacing(tmp_path / "file") as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "file").read_text() == "old" and names(tmp_path) == {"file"}
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_killed_writers_left_is_cleared_and_only_that(folder, tmp_path):
+    def hang(way):
+        with way as partial:
+            (partial / "part" if folder else partial).write_text("half")
+            signal.pause()
+
+    def way():
+        return files.new_folder(tmp_path / "out", "--out") if folder else files.replacing(tmp_path / "out")
+
+    children = [fork(lambda: hang(way())) for _ in range(2)]
+    while len(names(tmp_path)) < 2:
+        pass
+    left = names(tmp_path)
+    os.kill(children[0][0], signal.SIGKILL)
+    end(*children[0])
+    with way():
+        assert len(left & names(tmp_path)) == 1
+    os.kill(children[1][0], signal.SIGKILL)
+    end(*children[1])
+    if folder:
+        (tmp_path / "out").rmdir()
+    with way():
+        assert not left & names(tmp_path)
+    assert names(tmp_path) == {"out"}
+
+
+# Damage.
+
+
+def flipped(data, position):
+    data = bytearray(data)
+    data[position] ^= 1 << position % 8
+    return bytes(data)
+
+
+def test_every_flipped_bit_is_noticed_or_harmless(checkpoint, tmp_path):
+    """Harmless are those in the gaps between records."""
+    source, path = checkpoint("llama2"), tmp_path / "model.pth"
+    for name in ("model.json", "tokenizer.model"):
+        shutil.copy(source.with_name(name), tmp_path)
+    data = source.read_bytes()
+    wanted = load_model(source).state_dict()
+    generator = random.Random(0)
+    noticed = 0
+    for _ in range(100):
+        path.write_bytes(flipped(data, generator.randrange(len(data))))
+        try:
+            found = load_model(path).state_dict()
+        except InputError as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+            noticed += 1
+        else:
+            assert all(torch.equal(found[name], t) for name, t in wanted.items())
+    assert noticed >= 80  # nearly all of the file is weights
+    path.write_bytes(flipped(data, len(data) // 2))
+    load_model(path, verify=False)
+    result = call(generate.main, "--checkpoint_path", path, "--prompt", "def", "--no_verify", "--max_new_tokens", 2)
+    assert result.returncode == 0, result.stderr
+
+
+def test_quantizing_and_exporting_a_damaged_checkpoint_leaves_nothing(checkpoint, tmp_path):
+    source = checkpoint("llama2")
+    for name in ("model.json", "tokenizer.model"):
+        shutil.copy(source.with_name(name), tmp_path)
+    (tmp_path / "model.pth").write_bytes(flipped(source.read_bytes(), source.stat().st_size // 2))
+    before = names(tmp_path)
+    for main, *options in ((quantize.main,), (export_hf_checkpoint.main, "--out", tmp_path / "out")):
+        result = call(main, "--checkpoint_path", tmp_path / "model.pth", *options)
+        assert result.returncode == 1 and "model.pth: damaged" in result.stderr
+        assert names(tmp_path) == before
+
+
+def test_every_archive_passes_its_own_check(checkpoint, tmp_path):
+    quantize.quantize_checkpoint(checkpoint("llama2"), tmp_path / "q.pth", "int8", 128)
+    for path in (checkpoint("llama2"), tmp_path / "q.pth", DEMO / "model.pth"):
+        with zipfile.ZipFile(path) as archive:
+            assert archive.testzip() is None
+        assert "weights" in json.loads(path.with_suffix(".json").read_text())
+
+
+def test_a_compressed_archive_is_refused(checkpoint, tmp_path):
+    source, path = checkpoint("llama2"), tmp_path / "model.pth"
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    shutil.copy(source.with_suffix(".json"), tmp_path / "model.json")
+    for verify in (True, False):
+        with pytest.raises(InputError, match="is compressed"):
+            load_model(path, verify=verify)
+
+
+def test_a_crash_between_the_two_files_is_noticed(checkpoint, hf_folder, tmp_path):
+    """Whichever of the two is the new one."""
+    folder = copy_of(hf_folder, tmp_path)
+    path = convert_hf_checkpoint.convert(folder)
+    old = path.with_suffix(".json").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        model = hf_folder("llama2")[1]
+        state = {name: t + 1 for name, t in model.state_dict().items()}
+        patch.setattr(convert_hf_checkpoint, "load_file", lambda file: state)
+        convert_hf_checkpoint.convert(folder)
+    new = path.with_suffix(".json").read_text()
+    assert old != new
+    path.with_suffix(".json").write_text(old)
+    with pytest.raises(InputError, match="not the file that model.json describes"):
+        load_model(path)
+    path.with_suffix(".json").write_text(new)
+    load_model(path)
+
+
+def test_a_folder_called_model_pth_is_one_line(hf_folder, tmp_path):
+    folder = copy_of(hf_folder, tmp_path)
+    (folder / "model.pth").mkdir()
+    before = names(folder)
+    result = call(convert_hf_checkpoint.main, "--checkpoint_dir", folder)
+    assert result.returncode == 1 and "model.pth: is a folder" in result.stderr and result.stderr.count("\n") == 1
+    assert names(folder) == before
+
+
+def test_a_torn_line_costs_one_row(tmp_path, capsys):
+    results = tasks.Results(tmp_path / "r", {"a": 1})
+    for n in range(3):
+        results.add({"n": n})
+    del results
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(path.read_bytes()[:-4])
+    results = tasks.Results(tmp_path / "r", {"a": 1})
+    assert results.rows == [{"n": 0}, {"n": 1}] and "was not whole" in capsys.readouterr().out
+    results.add({"n": 2})
+    del results
+    assert tasks.Results(tmp_path / "r", {"a": 1}).rows == [{"n": 0}, {"n": 1}, {"n": 2}]
+
+
+# A full disk. A limit on the size of files has the same effect, and needs no rights.
+
+
+TRAIN = ["--device", "cpu", "--steps", 2, "--batch_size", 2, "--context", 16, "--vocab_size", 300]
+TRAIN += ["--dim", 32, "--n_layer", 2, "--n_head", 2]
+
+
+def writers(path, tmp_path):
+    """{what writes: (its work, the file that it can't write, how many bytes fit)}"""
+    out = tmp_path / "out"
+    rows = [{"a": "x" * 3000, "b": n} for n in range(10)]
+    measured = tasks.Results(out, {"a": 1})
+    plt = tasks.pyplot()
+    sample = [
+        "--checkpoint_path",
+        path,
+        "--prompt",
+        "def",
+        "--num_samples",
+        1,
+        "--max_new_tokens",
+        9,
+        "--device",
+        "cpu",
+    ]
+    return {
+        "convert": (command(convert_hf_checkpoint.main, "--checkpoint_dir", path.parent), path, 4096),
+        "quantize": (command(quantize.main, "--checkpoint_path", path), path.with_name("model_int8.pth"), 4096),
+        "export": (
+            command(export_hf_checkpoint.main, "--checkpoint_path", path, "--out", out / "new"),
+            out / "new",
+            4096,
+        ),
+        "rows": (lambda: tasks.write_rows(out, rows), tmp_path / "out.jsonl", 4096),
+        "csv": (lambda: tasks.write_csv(tmp_path / "out.csv", rows), tmp_path / "out.csv", 4096),
+        "results": (lambda: measured.add(rows[0]), tmp_path / "out.jsonl", 1024),
+        "figure": (lambda: tasks.save_figure(plt.figure(), tmp_path / "out.png"), tmp_path / "out.png", 1024),
+        "json": (command(generate.main, *sample, "--json", tmp_path / "o.json"), tmp_path / "o.json", 64),
+        "profile": (command(generate.main, *sample, "--profile", tmp_path / "o.json"), tmp_path / "o.json", 1024),
+    }
+
+
+@pytest.mark.parametrize(
+    "what", ["convert", "quantize", "export", "rows", "csv", "results", "figure", "json", "profile"]
+)
+def test_a_full_disk_is_one_line_and_keeps_the_old_file(what, hf_folder, tmp_path):
+    path = convert_hf_checkpoint.convert(copy_of(hf_folder, tmp_path))
+    work, target, room = writers(path, tmp_path)[what]
+    old = b""
+    if what != "export":
+        old = target.read_bytes() if target.exists() else b"old\n"
+        target.write_bytes(old)
+    before = names(tmp_path) | names(path.parent)
+    code, text = limited(work, room)
+    lines = [line for line in text.splitlines() if "Profiler" not in line and "output_json" not in line]  # PyTorch's
+    assert code == 1 and len(lines) == 1 and lines[0].startswith("error: "), text
+    assert f"{target}: can't be written" in lines[0]
+    assert names(tmp_path) | names(path.parent) == before
+    if what == "results":
+        assert target.read_bytes().startswith(old)
+    elif what != "export":
+        assert target.read_bytes() == old
+
+
+def test_a_full_disk_keeps_the_last_state_of_a_training_run(tmp_path):
+    (tmp_path / "text.py").write_text("".join(f"def f{n}(x): return x * {n}\n" for n in range(300)))
+    options = ["--data", tmp_path / "text.py", "--out", tmp_path / "out", *TRAIN]
+    code, text = limited(command(train.main, *options, "--save_every", "1"), 100_000)
+    assert code == 1 and text.splitlines()[-1].startswith("error: ") and "train_state.pth: can't be written" in text
+    assert not [name for name in names(tmp_path / "out") if "partial" in name]
+
+
+def test_kills_and_full_disks_at_random_moments():
+    """A short one of what `python tests/campaign.py` does at length."""
+    codes = campaign(kills=16, disks=8)
+    assert sum(codes.values()) == 24 and set(codes) - {0}
