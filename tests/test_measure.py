@@ -156,6 +156,7 @@ def test_results_go_on_only_with_the_same_settings(tmp_path):
     (tmp_path / "r.jsonl").write_text("nonsense")
     with pytest.raises(InputError, match="not a file of results"):
         tasks.Results(tmp_path / "r", dict(a=1))
+    assert (tmp_path / "r.jsonl").read_text() == "nonsense"
 
 
 def test_measuring_is_for_one_process(monkeypatch):
