@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from command import InputError, check_memory, first_line
 from files import locked, read_object, replacing
@@ -148,7 +149,7 @@ def write_checksums(path: Path) -> None:
         records = archive.infolist()
         entry = archive.start_dir
     with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as data:
-        for record in records:
+        for record in tqdm(records, desc="checksums", unit="tensor", disable=None):
             lengths = struct.unpack_from("<HH", data, record.header_offset + 26)  # of the name, and what follows it
             begin = record.header_offset + 30 + sum(lengths)
             end = begin + record.file_size

@@ -217,7 +217,7 @@ def unwritable(path: Path, error: OSError) -> InputError:
 
 def is_stream(path: Path) -> bool:
     """Whether there is something at `path` that is written into and not replaced."""
-    if str(path).startswith(("/dev/", "/proc/")):  # also /dev/stdout where it is a file
+    if str(path).startswith(("/dev/std", "/dev/fd/", "/proc/")):  # this process's own, also where they lead to files
         return True
     try:
         return not stat.S_ISREG(path.stat().st_mode)

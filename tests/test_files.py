@@ -6,6 +6,8 @@ import random
 import shutil
 import signal
 import stat
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -340,3 +342,12 @@ def test_kills_and_full_disks_at_random_moments():
     """A short one of what `python tests/campaign.py` does at length."""
     codes = campaign(kills=16, disks=8)
     assert sum(codes.values()) == 24 and set(codes) - {0}
+
+
+def test_standard_output_is_written_into_even_if_it_is_a_file(tmp_path):
+    """Replaced, the file would lose what is printed after."""
+    line = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from files import write_text; print('before', flush=True); "
+    line += "write_text('/dev/stdout', 'json\\n'); print('after')"
+    with open(tmp_path / "log", "w") as log:
+        subprocess.run([sys.executable, "-c", line], stdout=log, check=True)
+    assert (tmp_path / "log").read_text() == "before\njson\nafter\n"
