@@ -8,10 +8,12 @@ import errno
 import glob
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError
 
 try:
@@ -117,12 +119,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     through = is_stream(path)
     target = path.absolute() if through else Path(os.path.realpath(path))
     folder = Path(tempfile.gettempdir()) if through else target.parent
+    partial = partial_path(folder, target.name)
+    held = -1
     try:
         clear(folder, target.name)
-        partial, held = create(folder, target.name)
-    except OSError as error:
-        raise unwritable(path, error) from None
-    try:
+        held = create(partial)
         yield partial
         if through:
             copy_into(path, partial)
@@ -136,7 +137,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise unwritable(path, error) from None
     finally:
         partial.unlink(missing_ok=True)
-        os.close(held)
+        if held >= 0:
+            os.close(held)
 
 
 @contextmanager
@@ -150,13 +152,11 @@ def new_folder(path: str | Path, option: str) -> Iterator[Path]:
     if path.exists() or path.is_symlink():
         raise InputError(f"{option} {path}: exists already; name a new folder")
     beside = next(folder for folder in path.absolute().parents if folder.exists())
-    advice = "name a new folder where there is room"
+    partial = partial_path(beside, path.name)
+    held = -1
     try:
         clear(beside, path.name)
-        partial, held = create(beside, path.name, folder=True)
-    except OSError as error:
-        raise InputError(f"{option} {path}: can't be written ({error.strerror or error}); {advice}") from None
-    try:
+        held = create(partial, folder=True)
         yield partial
         for file in partial.rglob("*"):
             sync(file)
@@ -168,10 +168,12 @@ def new_folder(path: str | Path, option: str) -> Iterator[Path]:
         if elsewhere and not str(elsewhere).startswith((str(partial), str(path.parent))):
             raise
         why = getattr(error, "strerror", None) or error
+        advice = "name a new folder where there is room"
         raise InputError(f"{option} {path}: can't be written ({why}); {advice}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        os.close(held)
+        if held >= 0:
+            os.close(held)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -215,9 +217,16 @@ def unwritable(path: Path, error: OSError) -> InputError:
     return InputError(f"{path}: can't be written ({error.strerror or error})")
 
 
+def own_descriptor(path: Path) -> int | None:
+    """The file descriptor of this process that a path such as /dev/stdout or /dev/fd/3 means, or None."""
+    name = {"/dev/stdout": "/dev/fd/1", "/dev/stderr": "/dev/fd/2"}.get(str(path), str(path))
+    found = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", name)
+    return int(found[1]) if found else None
+
+
 def is_stream(path: Path) -> bool:
     """Whether there is something at `path` that is written into and not replaced."""
-    if str(path).startswith(("/dev/std", "/dev/fd/", "/proc/")):  # this process's own, also where they lead to files
+    if own_descriptor(path) is not None:
         return True
     try:
         return not stat.S_ISREG(path.stat().st_mode)
@@ -226,21 +235,28 @@ def is_stream(path: Path) -> bool:
 
 
 def copy_into(stream: Path, file: Path) -> None:
-    with open(file, "rb") as source, open(stream, "ab") as target:
+    """Write a file's content into a stream, behind what this process has printed."""
+    sys.stdout.flush()
+    own = own_descriptor(stream)
+    with open(file, "rb") as source, open(stream if own is None else own, "ab", closefd=own is None) as target:
         shutil.copyfileobj(source, target)
 
 
-def create(beside: Path, name: str, folder: bool = False) -> tuple[Path, int]:
-    """A new file or folder for what will be `name`: (its path, a descriptor that holds its lock)."""
+def partial_path(folder: Path, name: str) -> Path:
+    """Where something is written that will be `name`: a path that nobody else has."""
+    return folder / f".partial-{secrets.token_hex(4)}-{name}"
+
+
+def create(partial: Path, folder: bool = False) -> int:
+    """Make an empty file or folder. Returns a descriptor that holds its lock."""
     while True:
-        partial = beside / f".partial-{secrets.token_hex(4)}-{name}"
         if folder:
-            partial.mkdir()
+            partial.mkdir(exist_ok=True)
             held = os.open(partial, os.O_RDONLY)
         else:
-            held = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            held = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
         if take(held) and partial.exists():  # else another run deleted it before it was locked
-            return partial, held
+            return held
         os.close(held)
 
 
@@ -306,20 +322,25 @@ def locked(target: str | Path, wait: float = 0) -> Iterator[None]:
     path = target.with_name(f".{target.name}.lock")
     lock = FileLock(str(path))
     try:
+        acquire(lock, path, target, wait)
+        yield
+    finally:
+        if lock.is_locked:
+            path.unlink(missing_ok=True)  # while it is held: who has opened it sees that it is gone, and makes another
+        lock.release()
+
+
+def acquire(lock: BaseFileLock, path: Path, target: Path, wait: float) -> None:
+    """Take the lock of `locked`, and write this process's name into its file."""
+    try:
         lock.acquire(timeout=wait)
-        note = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
-        path.write_text(note)
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
     except Timeout:
         raise InputError(f"{target}: {holder(path)} is writing it; wait until it has ended") from None
     except NotImplementedError:  # a file system without locks
         pass
     except OSError as error:
         raise unwritable(target, error) from None
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)  # while it is held: who has opened it sees that it is gone, and makes another
-        lock.release()
 
 
 def holder(path: Path) -> str:

@@ -8,12 +8,16 @@ import sys
 
 from command import run_command
 
+SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
 
 def fork(work):
     """Run work() as a command in a copy of this process. Returns its process id and the file that gets its stderr."""
     reading, writing = os.pipe()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the command is ready for them
     child = os.fork()
     if child:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         os.close(writing)
         return child, open(reading, encoding="utf-8")
     code = 99
@@ -22,7 +26,7 @@ def fork(work):
         os.dup2(writing, 2)
         sys.stderr = os.fdopen(2, "w", closefd=False)
         sys.stdout = io.StringIO()
-        run_command(work)
+        run_command(lambda: (signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS), work()))
         code = 0
     except SystemExit as error:
         code = error.code or 0
