@@ -26,7 +26,7 @@ def fork(work):
         os.dup2(writing, 2)
         sys.stderr = os.fdopen(2, "w", closefd=False)
         sys.stdout = io.StringIO()
-        run_command(lambda: (signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS), work()))
+        run_command(lambda: ready(work))
         code = 0
     except SystemExit as error:
         code = error.code or 0
@@ -36,6 +36,11 @@ def fork(work):
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+def ready(work):
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    work()
 
 
 def end(child, stderr):
