@@ -11,14 +11,13 @@ import argparse
 import io
 import json
 import math
+import shutil
 import signal
 import sys
 import time
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -42,6 +41,7 @@ from tqdm import tqdm
 
 from checkpoint import check_records, load_model, read_state, save_checkpoint, save_tensors
 from command import InputError
+from data import Sources, is_held_out, load, pack, window
 from files import append_line, drop_torn_line, locked, replacing, write_text
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
@@ -221,8 +221,8 @@ def evaluate(
     losses = torch.zeros(len(layers), dtype=torch.float64)
     agreement = torch.zeros(len(layers), dtype=torch.float64)
     for chunk in tqdm(starts.split(batch_size), desc="evaluating", leave=False, disable=None):
-        windows = [ids[start : start + context + 1] for start in chunk.tolist()]
-        batch = torch.stack(windows).long().to(device)  # (b, T + 1)
+        windows = [ids[start : start + context + 1].long() for start in chunk.tolist()]
+        batch = torch.stack(windows).to(device)  # (b, T + 1)
         with autocast:
             loss, choices = objective.exits(batch[:, :-1], batch[:, 1:], layers)
             wanted = choices[-1]
@@ -234,67 +234,7 @@ def evaluate(
     return Evaluation(losses / total, agreement / total, total)
 
 
-# Data. Every document gets BOS before and EOS behind it. All are joined to one long row of ids, and the row is cut into
-# windows, the training examples.
-
-Document = tuple[str, str]  # relative name, text
-
-
-def text_files(root: Path, include: str) -> list[tuple[str, Path]]:
-    """[(relative name, path)]: of root if it is a file, else of the files below it that match `include`, sorted."""
-    if root.is_file():
-        return [(root.name, root)]
-    paths = sorted(path for path in root.rglob(include) if path.is_file())
-    return [(path.relative_to(root).as_posix(), path) for path in paths]
-
-
-def read_documents(paths: list[str | Path], include: str, exclude: list[str]) -> list[Document]:
-    """The texts of the given files, and of the files below the given folders, sorted within each folder.
-
-    include: only files of folders whose names match this pattern. exclude: without the files whose relative names match
-    one of these. Files that are empty or not UTF-8 are left out too. Raises InputError if a path is missing or no text
-    is left.
-    """
-    documents = []
-    for root in map(Path, paths):
-        if not root.exists():
-            raise InputError(f"--data {root}: no such file or folder")
-        for name, path in text_files(root, include):
-            if any(fnmatch(name, pattern) for pattern in exclude):
-                continue
-            try:
-                text = path.read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                continue
-            if text.strip():
-                documents.append((name, text))
-    if not documents:
-        raise InputError(f"--data {' '.join(map(str, paths))}: no UTF-8 text files there that match {include}")
-    return documents
-
-
-def is_held_out(name: str, fraction: float) -> bool:
-    """Whether a document is kept for validation. Only its name decides, so that more data never moves it."""
-    return zlib.crc32(name.encode()) % 10_000 < fraction * 10_000
-
-
-def split_documents(documents: list[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
-    """The documents for training and those for validation.
-
-    If the names put all of them on one side, the joined text is cut in two instead.
-    """
-    training: list[Document] = []
-    validation: list[Document] = []
-    for document in documents:
-        if is_held_out(document[0], val_fraction):
-            validation.append(document)
-        else:
-            training.append(document)
-    if training and validation:
-        return training, validation
-    text = "".join(text for _, text in documents)
-    cut = int(len(text) * (1 - val_fraction))
-    return [("head", text[:cut])], [("tail", text[cut:])]
+# Data.
 
 
 def nonempty_lines(texts: Iterable[str]) -> Iterator[str]:
@@ -335,7 +275,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
     return Tokenizer.load(folder)
 
 
-def prepare_tokenizer(args: argparse.Namespace, documents: list[Document], shard: Shard) -> Tokenizer:
+def prepare_tokenizer(args: argparse.Namespace, sources: Sources, shard: Shard) -> Tokenizer:
     """The tokenizer in --out. The first process writes it: --tokenizer, else the checkpoint's, else a new one."""
     source = args.tokenizer
     if source is None and args.checkpoint_path:
@@ -343,43 +283,20 @@ def prepare_tokenizer(args: argparse.Namespace, documents: list[Document], shard
     if shard.rank == 0:
         if source is None:
             if not args.resume:
-                train_tokenizer((text for _, text in documents), args.vocab_size, args.out)
+                texts = (text for name, text in sources.documents() if not is_held_out(name, args.val_fraction))
+                train_tokenizer(texts, args.vocab_size, args.out)
         elif source.resolve() != args.out.resolve():
             Tokenizer.load(source).save(args.out)
     shard.gather(None)  # the others wait until the tokenizer is there
     return Tokenizer.load(args.out)
 
 
-def encode_documents(documents: list[Document], tokenizer: Tokenizer) -> Tensor:
-    """All documents as one row of ids (N,) int32. The tokenizer adds BOS if it does so; EOS follows each document."""
-    ids: list[int] = []
-    for _, text in tqdm(documents, desc="tokenizing", unit="file", disable=None):
-        ids += tokenizer.encode(text)
-        if tokenizer.eos_id is not None and ids[-1:] != [tokenizer.eos_id]:
-            ids.append(tokenizer.eos_id)
-    return torch.tensor(ids, dtype=torch.int32)
-
-
-def window(ids: Tensor, index: int, context: int, seed: int) -> Tensor:
-    """Training example number `index` of an endless sequence: (context + 1,) int64, cut from ids (N,).
-
-    Each epoch cuts the row at another random offset, and takes the windows in another random order. Both depend on seed
-    and epoch alone. So an example depends on its number alone, and a resumed run goes on exactly.
-    """
-    per_epoch = (len(ids) - 1) // context - 1
-    epoch, place = divmod(index, per_epoch)
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    offset = int(torch.randint(context, (), generator=generator))
-    start = offset + int(torch.randperm(per_epoch, generator=generator)[place]) * context
-    return ids[start : start + context + 1].long()
-
-
 @dataclass(frozen=True)
 class Data:
     """The text as ids, and this process's examples of each step."""
 
-    train_ids: Tensor  # (N,) int32
-    val_ids: Tensor  # (M,) int32
+    train_ids: Tensor  # (N,) uint16 or int32
+    val_ids: Tensor  # (M,) the same
     context: int  # T
     batch_size: int  # B
     rows: slice  # this process's b of the B examples of a step
@@ -403,16 +320,14 @@ class Data:
 
 
 def load_data(
-    args: argparse.Namespace,
-    training: list[Document],
-    validation: list[Document],
-    tokenizer: Tokenizer,
-    shard: Shard,
-    device: torch.device,
+    args: argparse.Namespace, sources: Sources, tokenizer: Tokenizer, shard: Shard, device: torch.device
 ) -> Data:
-    """The documents as ids. Raises InputError if they are too short to train and validate on."""
-    ids = encode_documents(training, tokenizer)
-    val_ids = encode_documents(validation, tokenizer)
+    """The documents as ids, which the first process packs. Raises InputError if they are too short to train on."""
+    folder = args.packed or args.out / "tokens"
+    if shard.rank == 0:
+        pack(sources, tokenizer, folder, args.val_fraction, args.workers)
+    shard.gather(None)
+    ids, val_ids = load(folder, args.val_fraction)
     if len(ids) < 3 * args.context or len(val_ids) <= args.context:
         found = f"{len(ids)} training and {len(val_ids)} validation tokens"
         raise InputError(f"too little text: {found} for --context {args.context}")
@@ -586,6 +501,8 @@ FREE_TO_CHANGE = {
     "eval_every",
     "eval_tokens",
     "exit_layer",
+    "packed",
+    "workers",
     "compile",
     "out",
     "device",
@@ -830,20 +747,20 @@ def mixed_precision(precision: str, device: torch.device) -> AbstractContextMana
 
 def load_data_and_model(args: argparse.Namespace, shard: Shard, device: torch.device) -> tuple[Data, LayerSkipLoss]:
     """The data, and the objective around the model. Puts the tokenizer into --out."""
-    documents = read_documents(args.data, args.include, args.exclude)
-    training, validation = split_documents(documents, args.val_fraction)
+    sources = Sources.of(args)
+    sources.check()
     torch.manual_seed(args.seed)
     base = None
     if args.checkpoint_path:
         base = load_base(args.checkpoint_path, args.layers)
-    tokenizer = prepare_tokenizer(args, training, shard)
+    tokenizer = prepare_tokenizer(args, sources, shard)
     model = base or new_model(args, tokenizer)
     objective = LayerSkipLoss(model)
     if args.fsdp:
         shard_weights(objective, device, shard.size)
     model.to(device)
     tokenizer.check_model(model.config.vocab_size)
-    return load_data(args, training, validation, tokenizer, shard, device), objective
+    return load_data(args, sources, tokenizer, shard, device), objective
 
 
 def parallelize(objective: LayerSkipLoss, args: argparse.Namespace, world_size: int) -> nn.Module:
@@ -929,6 +846,7 @@ def train_in_folder(args: argparse.Namespace, shard: Shard) -> list[float]:
         tokens_seen = step * args.batch_size * args.context
         save_model(args.out / "model.pth", state_dict, model.config, args.save_precision, tokens_seen)
         train_state.path.unlink(missing_ok=True)
+        shutil.rmtree(args.out / "tokens", ignore_errors=True)
         print_table(args.out / "model.pth", result)
     return history
 

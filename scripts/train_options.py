@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
-from command import InputError, check_device
+from command import InputError, check_device, usable_threads
 from tokenizer import Tokenizer
 
 
@@ -24,14 +24,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """What to train on."""
     add = parser.add_argument_group("data").add_argument
-    add("--data", nargs="+", required=True, help="text files, and folders with text files")
+    add(
+        "--data",
+        nargs="+",
+        required=True,
+        help="text files, JSONL and parquet files, folders of these, and datasets of the hub: "
+        "hub:OWNER/NAME or hub:OWNER/NAME:CONFIGURATION",
+    )
     add(
         "--include",
         default="*",
         help="in folders, take the files whose names match this pattern (default: %(default)s)",
     )
     add("--exclude", nargs="*", default=[], help="leave out files whose path below the folder matches a pattern")
-    add("--val_fraction", type=float, default=0.03, help="share of files kept for validation (default: %(default)s)")
+    add("--column", default="text", help="of tables and datasets, where the text is (default: %(default)s)")
+    add("--template", help='what makes the text of a row instead, such as "{question}\n{answer}"')
+    add("--split", default="train", help="of datasets of the hub (default: %(default)s)")
+    add("--val_fraction", type=float, default=0.03, help="share of texts kept for validation (default: %(default)s)")
+    add("--packed", type=Path, help="folder for the texts' token ids, which other runs may use too (default: in --out)")
+    add("--workers", type=int, default=usable_threads(), help="processes that encode the texts (default: %(default)s)")
     add("--tokenizer", type=Path, help="folder with a tokenizer (default: the checkpoint's, or a new one is trained)")
     add("--vocab_size", type=int, default=4096, help="tokens of a new tokenizer (default: %(default)s)")
 
@@ -130,6 +141,7 @@ RANGES = {  # option: (smallest, largest value)
     "intermediate_size": (1, math.inf),
     "rotation": (1, math.inf),
     "vocab_size": (1, math.inf),
+    "workers": (1, 1024),
     "warmup": (0, math.inf),
     "save_every": (0, math.inf),
     "eval_every": (0, math.inf),
