@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -35,8 +36,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from checkpoint import check_records, load_model, read_state, save_checkpoint, save_tensors
@@ -139,13 +141,17 @@ class Schedule:
 
 # The loss, and the measurement of every exit.
 
+LOGITS = 1 << 25  # numbers: 128 MB in float32
+
 
 class LayerSkipLoss(nn.Module):
     """The training objective around a Transformer. It is a module, so that DDP and FSDP can wrap it."""
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, recompute: bool = False) -> None:
+        """recompute: keep no layer's activations for the backward pass, which computes them again."""
         super().__init__()
         self.model = model
+        self.recompute = recompute
 
     def forward(
         self, tokens: Tensor, targets: Tensor, keep: Tensor, weights: Tensor, called: Tensor
@@ -161,18 +167,36 @@ class LayerSkipLoss(nn.Module):
         positions = model.positions(tokens.shape[1], None)
         total = torch.zeros((), device=x.device)
         for layer, kept, weight, call in zip(model.layers, keep, weights.tolist(), called.tolist(), strict=True):
+            if self.recompute:
+                layer = partial(checkpoint, layer, use_reentrant=False)
             if kept.all():
                 x = layer(x, *positions)
             elif call:  # only the sequences that keep the layer are computed
                 rows = kept.nonzero().squeeze(1).to(x.device)
                 x = x.index_copy(0, rows, layer(x[rows], *positions).to(x.dtype))
             if weight:
-                loss = F.cross_entropy(model.logits(x).flatten(0, 1).float(), targets.flatten())
+                loss = self.cross_entropy(x.flatten(0, 1), targets.flatten()) / targets.numel()
                 total = total + weight * loss
                 losses.append(loss.detach())
             else:
                 losses.append(torch.tensor(math.nan, device=x.device))
         return total, torch.stack(losses)
+
+    def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
+        """The cross entropy (), summed, of hidden states x (N, D) against targets (N,).
+
+        Logits of a large vocabulary take more memory than all else. So no more than LOGITS of them are there at a time;
+        the backward pass computes them again. F.linear_cross_entropy, which holds a gradient of the head for each exit,
+        takes more memory and more time.
+        """
+        rows = max(1, LOGITS // self.model.config.vocab_size)
+        if len(x) <= rows:
+            return self.summed(x, targets)
+        parts = zip(x.split(rows), targets.split(rows), strict=True)
+        return torch.stack([checkpoint(self.summed, *part, use_reentrant=False) for part in parts]).sum()
+
+    def summed(self, x: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.model.logits(x).float(), targets, reduction="sum")
 
     def exits(self, tokens: Tensor, targets: Tensor, layers: Any) -> tuple[Tensor, Tensor]:
         """Of every exit: the cross entropy (L,) float32, summed over the targets (b, T), and the most likely tokens.
@@ -755,7 +779,7 @@ def load_data_and_model(args: argparse.Namespace, shard: Shard, device: torch.de
         base = load_base(args.checkpoint_path, args.layers)
     tokenizer = prepare_tokenizer(args, sources, shard)
     model = base or new_model(args, tokenizer)
-    objective = LayerSkipLoss(model)
+    objective = LayerSkipLoss(model, args.activation_checkpointing)
     if args.fsdp:
         shard_weights(objective, device, shard.size)
     model.to(device)
@@ -776,18 +800,40 @@ def parallelize(objective: LayerSkipLoss, args: argparse.Namespace, world_size: 
 def compute_gradients(
     parallel: nn.Module, data: Data, schedule: Schedule, step: int, autocast: AbstractContextManager
 ) -> tuple[Tensor, Tensor]:
-    """Forward and backward on this process's part of the batch. Returns the loss J () and the exits' losses (L,)."""
+    """Forward and backward on this process's part of the batch, --accumulate pieces one after the other.
+
+    Returns the loss J () and the exits' losses (L,).
+    """
     batch = data.batch(step)  # (b, T + 1)
     keep = schedule.keep(step)  # (L, B)
-    own = keep[:, data.rows]  # (L, b)
-    called = own.any(1)  # (L,)
-    if schedule.args.fsdp:
-        called = keep.any(1)
     weights = schedule.weights(step)  # (L,)
-    with autocast:
-        loss, losses = parallel(batch[:, :-1], batch[:, 1:], own, weights, called)
-    loss.backward()
-    return loss, losses
+    count = schedule.args.accumulate
+    results = []
+    for number, (piece, own) in enumerate(
+        zip(batch.chunk(count), keep[:, data.rows].chunk(count, dim=1), strict=True), 1
+    ):
+        called = own.any(1)  # (L,)
+        if schedule.args.fsdp:
+            called = keep.any(1)
+        with synchronized(parallel, number == count):
+            with autocast:
+                loss, losses = parallel(piece[:, :-1], piece[:, 1:], own, weights, called)
+            (loss / count).backward()
+        results.append(torch.cat((loss.detach()[None], losses)))
+    mean = torch.stack(results).mean(0)
+    return mean[0], mean[1:]
+
+
+@contextmanager
+def synchronized(parallel: nn.Module, last: bool) -> Iterator[None]:
+    """Let gradients be exchanged between processes behind the last piece of a step only."""
+    if isinstance(parallel, FSDPModule):
+        parallel.set_requires_gradient_sync(last)
+    if isinstance(parallel, nn.parallel.DistributedDataParallel) and not last:
+        with parallel.no_sync():
+            yield
+        return
+    yield
 
 
 def train(args: argparse.Namespace) -> list[float]:

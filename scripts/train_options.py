@@ -102,6 +102,17 @@ def add_optimization_options(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=4000, help="steps of the whole run (default: %(default)s)")
     add("--batch_size", type=int, default=8, help="examples per step, over all processes (default: %(default)s)")
     add(
+        "--accumulate",
+        type=int,
+        default=1,
+        help="compute a process's part of a batch in this many pieces, one after the other (default: %(default)s)",
+    )
+    add(
+        "--activation_checkpointing",
+        action="store_true",
+        help="keep no layer's activations for the backward pass: less memory, a third more time",
+    )
+    add(
         "--optimizer",
         choices=["adamw", "muon"],
         default="adamw",
@@ -142,6 +153,7 @@ RANGES = {  # option: (smallest, largest value)
     "rotation": (1, math.inf),
     "vocab_size": (1, math.inf),
     "workers": (1, 1024),
+    "accumulate": (1, math.inf),
     "warmup": (0, math.inf),
     "save_every": (0, math.inf),
     "eval_every": (0, math.inf),
@@ -177,6 +189,11 @@ def check_args(args: argparse.Namespace, world_size: int) -> None:
     check_device(args.device)
     if args.batch_size % world_size:
         raise InputError(f"--batch_size {args.batch_size} doesn't divide over {world_size} processes")
+    if args.batch_size // world_size % args.accumulate:
+        raise InputError(
+            f"--accumulate {args.accumulate}: a process's {args.batch_size // world_size} examples of a step can't be "
+            "divided into so many equal pieces"
+        )
 
 
 def default_precision(device: str) -> str:

@@ -367,3 +367,45 @@ def test_bad_input(args, words, data, tmp_path):
     with pytest.raises(InputError) as error:
         run(data, tmp_path / "out", *args)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "args", [["--accumulate", 2], ["--accumulate", 4], ["--activation_checkpointing"], ["small logits"]]
+)
+def test_saving_memory_changes_no_loss(args, data, tmp_path, monkeypatch):
+    how = ["--steps", 4, "--max_dropout", 0.5]
+    wanted = run(data, tmp_path / "all", *how)
+    if args == ["small logits"]:
+        monkeypatch.setattr(train, "LOGITS", 300 * 7)  # seven rows at a time
+        args = []
+    assert run(data, tmp_path / "less", *how, *args) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_logits_are_there_piece_by_piece():
+    """Of many exits, the losses' gradients against PyTorch's own from all logits, in float64."""
+    torch.manual_seed(0)
+    config = train.ModelConfig(
+        vocab_size=1000, dim=16, n_layer=3, n_head=2, n_kv_head=2, head_dim=8, intermediate_size=24, context=64
+    )
+    model = train.Transformer(config)
+    train.initialize(model)
+    model.double()
+    tokens, targets = torch.randint(0, 1000, (2, 4, 20))
+    keep, weights = torch.ones(3, 4, dtype=torch.bool), torch.tensor([0.2, 0.3, 0.5])
+    sizes = []
+    model.head.register_forward_hook(lambda module, args, logits: sizes.append(logits.numel()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "LOGITS", 11_000)
+        loss, losses = train.LayerSkipLoss(model)(tokens, targets, keep, weights, keep[:, 0])
+        loss.backward()
+    assert max(sizes) == 11_000
+    found = {name: w.grad.clone() for name, w in model.named_parameters()}
+    model.zero_grad()
+    x, wanted = model.embed(tokens), []
+    for layer in model.layers:
+        x = layer(x, *model.positions(20, None))
+        wanted.append(torch.nn.functional.cross_entropy(model.logits(x).flatten(0, 1), targets.flatten()))
+    torch.testing.assert_close(losses, torch.stack(wanted), check_dtype=False)
+    sum(w * loss for w, loss in zip(weights, wanted, strict=True)).backward()
+    for name, w in model.named_parameters():
+        torch.testing.assert_close(found[name], w.grad, rtol=1e-4, atol=1e-6)
