@@ -9,19 +9,17 @@ checkpoint folder that generate.py reads, and a table of the loss and the agreem
 
 import argparse
 import io
-import json
 import math
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
@@ -44,10 +42,11 @@ from tqdm import tqdm
 from checkpoint import check_records, load_model, read_state, save_checkpoint, save_tensors
 from command import InputError
 from data import Sources, is_held_out, load, pack, window
-from files import append_line, drop_torn_line, locked, replacing, write_text
+from files import locked, replacing
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 from tp import Shard, run_command, start
+from train_log import Evaluation, Report, print_table
 from train_options import add_options, check_args, default_precision
 
 # Sizes: L layers, each with an exit; B sequences per step over all processes, b of them in this one; T tokens in a
@@ -211,14 +210,6 @@ class LayerSkipLoss(nn.Module):
             losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
             choices.append(logits.argmax(-1))
         return torch.stack(losses), torch.stack(choices)
-
-
-class Evaluation(NamedTuple):
-    """How good every exit is."""
-
-    losses: Tensor  # (L,) float64, nats per token
-    agreement: Tensor  # (L,) float64, share of positions where the exit's most likely token is the reference's
-    tokens: int  # how many were scored
 
 
 @torch.no_grad()
@@ -525,6 +516,8 @@ FREE_TO_CHANGE = {
     "eval_every",
     "eval_tokens",
     "exit_layer",
+    "log_every",
+    "tensorboard",
     "packed",
     "workers",
     "compile",
@@ -644,79 +637,6 @@ def save_model(path: Path, state: dict[str, Tensor], config: ModelConfig, precis
         state = {name: tensor for name, tensor in state.items() if name != "head.weight"}
     dtype = getattr(torch, precision)
     save_checkpoint(path, {name: tensor.to("cpu", dtype) for name, tensor in state.items()}, config)
-
-
-# What the user sees, and the log.
-
-
-class Report:
-    """A progress bar, and train_log.jsonl with a line for each validation. Only the first process writes anything."""
-
-    def __init__(self, args: argparse.Namespace, config: ModelConfig, first_step: int, rank: int) -> None:
-        """Raises InputError if the model doesn't have the --exit_layer."""
-        self.exit_layer = config.default_exit if args.exit_layer is None else args.exit_layer
-        if not 1 <= self.exit_layer <= config.n_layer:
-            raise InputError(f"--exit_layer {self.exit_layer}: the model has {config.n_layer} layers")
-        self.exit_loss = math.nan  # the newest known: not every step computes this exit's
-        self.first_step = first_step
-        self.tokens_per_step = args.batch_size * args.context
-        self.rank = rank
-        self.log = args.out / "train_log.jsonl"
-        if rank == 0 and args.resume and self.log.exists():
-            drop_torn_line(self.log)
-        elif rank == 0:
-            write_text(self.log, "")
-        disable = None if rank == 0 else True  # None: tqdm shows the bar only in a terminal
-        self.bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=disable, smoothing=0.05)
-        self.began = time.perf_counter()
-
-    def seconds(self) -> float:
-        """Seconds since the first step began."""
-        return time.perf_counter() - self.began
-
-    def step(self, losses: Tensor) -> None:
-        """Show that one more step is done. losses: (L,), NaN for the exits that were not computed."""
-        exit_loss = losses[self.exit_layer - 1]
-        if not exit_loss.isnan():
-            self.exit_loss = exit_loss.item()
-        text = f"loss {losses[-1]:.3f}, exit {self.exit_layer} {self.exit_loss:.3f}"
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update()
-
-    def write(self, step: int, result: Evaluation, **more: float) -> None:
-        """Add a line to the log."""
-        record = {"step": step, "val_loss": result.losses.tolist(), "agreement": result.agreement.tolist(), **more}
-        append_line(self.log, json.dumps(record))
-
-    def validation(self, step: int, result: Evaluation) -> None:
-        """Log a validation during the run, and print a line about it."""
-        if self.rank != 0:
-            return
-        self.write(step, result, seconds=self.seconds())
-        loss, share = result.losses[self.exit_layer - 1], result.agreement[self.exit_layer - 1]
-        at_exit = f"at exit {self.exit_layer} {loss:.3f}, agreement there {share:.1%}"
-        self.bar.write(f"step {step}: validation loss {result.losses[-1]:.3f}, {at_exit}", file=sys.stderr)
-
-    def end(self, step: int, result: Evaluation, seconds: float, training_tokens: int) -> None:
-        """Log the validation of the finished model, and how fast the steps of this call were."""
-        tokens = (step - self.first_step) * self.tokens_per_step
-        self.write(
-            step,
-            result,
-            val_tokens=result.tokens,
-            seconds=seconds,
-            tokens_per_second=tokens / max(seconds, 1e-9),
-            tokens_seen=step * self.tokens_per_step,
-            training_tokens=training_tokens,
-        )
-
-
-def print_table(path: Path, result: Evaluation) -> None:
-    """Print every exit's loss and agreement."""
-    print(f"{path}: validation on {result.tokens} tokens of held-out text")
-    print("exit   loss  agreement with the last layer")
-    for number, (loss, share) in enumerate(zip(result.losses, result.agreement, strict=True), 1):
-        print(f"{number:4d}  {loss:.3f}  {share:.1%}")
 
 
 # The run.
@@ -870,13 +790,14 @@ def train_in_folder(args: argparse.Namespace, shard: Shard) -> list[float]:
             if validates and step > first_step and is_due(step, args.eval_every):
                 report.validation(step, data.validate(objective, args.eval_tokens, autocast))
             loss, losses = compute_gradients(parallel, data, schedule, step, autocast)
-            nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-            optimizer_step(optimizers, schedule.learning_rate(step))
+            norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+            rate = schedule.learning_rate(step)
+            optimizer_step(optimizers, rate)
             step += 1
             history.append(loss.item())
             if not math.isfinite(history[-1]):
                 raise InputError(f"the loss is {history[-1]} at step {step}: lower --lr")
-            report.step(losses)
+            report.step(step, losses, learning_rate=rate, gradient_norm=float(norm))
             if is_due(step, args.save_every):
                 train_state.save(step)
     train_state.save(step)  # also at the end, so that nothing is lost if the last validation fails

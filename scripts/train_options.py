@@ -135,6 +135,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--save_every", type=int, default=500, help="steps between saved states; 0: none (default: %(default)s)")
     add("--eval_every", type=int, default=500, help="steps between validations; 0: none (default: %(default)s)")
     add("--eval_tokens", type=int, default=20_000, help="tokens to use in those validations (default: %(default)s)")
+    add("--log_every", type=int, default=10, help="steps between lines in train_log.jsonl (default: %(default)s)")
+    add("--tensorboard", action="store_true", help="write the log's numbers for TensorBoard too, to --out/tensorboard")
     add("--exit_layer", type=int, help="exit whose loss is shown during the run (default: a quarter of the layers)")
     add("--device", default=device, help="such as cpu or cuda (default here: %(default)s)")
     add("--precision", choices=dtypes, help="of products; weights stay float32 (default: bfloat16 if it is fast)")
@@ -153,6 +155,7 @@ RANGES = {  # option: (smallest, largest value)
     "rotation": (1, math.inf),
     "vocab_size": (1, math.inf),
     "workers": (1, 1024),
+    "log_every": (1, math.inf),
     "accumulate": (1, math.inf),
     "warmup": (0, math.inf),
     "save_every": (0, math.inf),

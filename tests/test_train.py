@@ -6,14 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+from operator import itemgetter
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import plot_training
 import train
+import train_log
 from checkpoint import load_model
 from command import InputError
 from conftest import ROOT, call
+from train_log import read_log
 
 TINY = [
     "--n_layer",
@@ -305,7 +310,7 @@ def test_two_processes_train_as_one(how, data, tmp_path):
     result = torchrun(data, tmp_path / "two", *settings, *how)
     assert result.returncode == 0, result.stderr
     one, two = (
-        [json.loads(line)["val_loss"] for line in (tmp_path / name / "train_log.jsonl").read_text().splitlines()]
+        [line["val_loss"] for line in read_log(tmp_path / name / "train_log.jsonl") if "val_loss" in line]
         for name in ("one", "two")
     )
     assert len(one) == len(two) == 3
@@ -409,3 +414,34 @@ def test_logits_are_there_piece_by_piece():
     sum(w * loss for w, loss in zip(weights, wanted, strict=True)).backward()
     for name, w in model.named_parameters():
         torch.testing.assert_close(found[name], w.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_log_and_its_picture(data, tmp_path, monkeypatch):
+    """A resumed run's log is that of a whole run; TensorBoard gets the same numbers."""
+    how = ["--steps", 8, "--log_every", 1, "--eval_every", 3, "--rotation", 2]
+    run(data, tmp_path / "whole", *how)
+    interrupt_after(5, monkeypatch)
+    with pytest.raises(SystemExit):
+        run(data, tmp_path / "parts", *how)
+    monkeypatch.undo()
+    path = tmp_path / "parts" / "train_log.jsonl"
+    path.write_text(path.read_text() + '{"step": 6, "exit_loss": [1, 2, 3, 4]}\n{"step": 7, "ex')  # a killed run's
+    added = []
+    board = SimpleNamespace(add_scalar=lambda *values: added.append(values), flush=lambda: None)
+    monkeypatch.setattr(train_log, "open_board", lambda *_: board)
+    run(data, tmp_path / "parts", *how, "--resume", "--tensorboard")
+    timing = {"seconds", "tokens_per_second"}
+    logs = []
+    for name in ("whole", "parts"):
+        lines = read_log(tmp_path / name / "train_log.jsonl")
+        logs.append([{field: line[field] for field in line if field not in timing} for line in lines])
+    assert logs[0] == logs[1]
+    steps = [line for line in logs[0] if "exit_loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 9)) and None in steps[1]["exit_loss"]
+    assert all(line["gradient_norm"] > 0 and line["learning_rate"] > 0 for line in steps)
+    assert ("exit_loss/exit 4", logs[1][-2]["exit_loss"][3], 8) in added and min(added, key=itemgetter(2))[2] == 6
+    picture = tmp_path / "picture.png"
+    result = call(plot_training.main, tmp_path / "whole", path, "--out", picture)
+    assert result.returncode == 0 and picture.read_bytes().startswith(b"\x89PNG"), result.stderr
+    result = call(plot_training.main, data, "--out", picture)
+    assert result.returncode == 1 and "train_log.jsonl: not found" in result.stderr
