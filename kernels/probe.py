@@ -6,6 +6,7 @@ launched is a reason to do without it. What a kernel does wrong, like an illegal
 """
 
 import contextlib
+import io
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator
@@ -77,7 +78,7 @@ def reason(x: Tensor, group: int, width: int, fuse: bool) -> str | None:
     if x.dtype == torch.bfloat16 and capability < (8, 0):
         return "it has no bfloat16; take --precision float16"
     on_device = torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
-    with on_device, torch.inference_mode():
+    with on_device, torch.inference_mode(), contextlib.redirect_stdout(io.StringIO()):  # Triton prints what fails
         for name, launch in launches(x, group, width, fuse):
             try:
                 launch()

@@ -46,6 +46,7 @@ class Raising:
 
     def launch(self, *args, **options):
         self.launches += 1
+        print("all of the source")
         raise self.error
 
 
@@ -89,11 +90,11 @@ LACKS = [
 
 
 @pytest.mark.parametrize("error,said", LACKS, ids=[type(error).__name__ for error, _ in LACKS])
-def test_a_kernel_that_cannot_run_is_done_without(error, said, monkeypatch):
+def test_a_kernel_that_cannot_run_is_done_without(error, said, monkeypatch, capsys):
     kernel = Raising(error)
     monkeypatch.setattr(cuda, "attend_kernel", kernel)
     works, (line,) = prepare()
-    assert not works and "\n" not in line and said in line
+    assert not works and "\n" not in line and said in line and not capsys.readouterr().out
     assert "float16 on cpu" in line and "plain PyTorch" in line and "the kernel for attention" in line
     assert prepare() == (False, []) and prepare(shape=(1, 8)) == (False, []) and kernel.launches == 1
     x = torch.ones(1, 2, 8, dtype=torch.float16)
