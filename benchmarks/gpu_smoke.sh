@@ -52,7 +52,7 @@ step machine 30 "$python" -c "$facts" "$device"
 if command -v nvidia-smi > /dev/null; then
     step driver 20 nvidia-smi --query-gpu=name,driver_version,memory.used,temperature.gpu,power.limit --format=csv
 fi
-step kernels 90 "$python" -m pytest -q -rs -p no:cacheprovider tests/test_gpu.py -k decoding_shapes
+step kernels 120 "$python" -m pytest -q -rs -p no:cacheprovider tests/test_gpu.py -k decoding_shapes
 step graph 120 "$python" -m pytest -q -rs -p no:cacheprovider tests/test_gpu.py -k "graphed and llama2-separate and 2-4"
 step demo 60 "$python" scripts/correctness.py --device "$device" --precision float32 --no-compile --early_exit 2 \
     --speculate_k 4 --num_prompts 2 --max_new_tokens 64 --out "$out/demo"

@@ -21,12 +21,11 @@ PROGRAMS = 512  # that a product is split into, at least: about four for each mu
 BLOCK_N = 32  # columns of a product that one program computes
 SPLIT = 256  # cache rows that one program attends to
 MOST_STAGES = 4  # steps of a product, at most, of which a program reads the later ones while it computes the first
-MOST_SHARED = 227 * 1024  # an H100's, where `prepare` has not looked
+MOST_SHARED = 227 * 1024  # an H100's, where probe.py has not looked
 
-shared_memory: dict[torch.device, int] = {}  # bytes that one program can have, of devices that `prepare` has looked at
-works: dict[
-    tuple[torch.device, torch.dtype], bool
-] = {}  # whether the kernels can be launched there, as `prepare` found
+# What probe.py has found: bytes of shared memory that one program can have, and whether the kernels can be launched.
+shared_memory: dict[torch.device, int] = {}
+works: dict[tuple[torch.device, torch.dtype], bool] = {}
 
 
 def takes(x: Tensor) -> bool:
@@ -70,7 +69,7 @@ def parting(x: Tensor, w: Tensor, zero: Tensor | None) -> tuple[int, int, int, i
     block_k = max(512 // x.itemsize, groupsize)
     blocks = triton.cdiv(w.shape[0], BLOCK_N)
     splits = min(triton.next_power_of_2(triton.cdiv(PROGRAMS, blocks)), triton.cdiv(K, block_k))
-    step = block_k * MAX_ROWS * x.itemsize + block_k * BLOCK_N * w[0].nbytes // K  # bytes
+    step = block_k * MAX_ROWS * x.itemsize + block_k * BLOCK_N * w.itemsize * w.shape[1] // K  # bytes
     room = shared_memory.get(x.device, MOST_SHARED)
     stages = min(MOST_STAGES, 1 + max(1, room // (2 * step)))
     return groupsize, block_k, blocks, splits, stages
