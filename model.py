@@ -420,8 +420,7 @@ class Transformer(nn.Module):
         """See to KV caches of at least `rows` positions in every layer, in the weights' dtype and on their device."""
         weight, attention = self.embed.weight, self.layers[0].attention
         cache = attention.k_cache
-        if weight.device.type == "cpu":
-            cpu.prepare()
+        kernels.prepare(weight, self.config.n_head // self.config.n_kv_head, self.config.head_dim)
         for module in self.modules():
             if isinstance(module, Linear):
                 module.arrange()

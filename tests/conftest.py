@@ -25,7 +25,7 @@ LONGEST = [
     "test_scripts",
     "test_drafters",
     "test_folders",
-    "test_sm90",
+    "test_architectures",
     "test_quantize",
     "test_kernels",
 ]
