@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import cpu, cuda
+from kernels import compiler, cpu, cuda
 from kernels.cuda import MAX_ROWS
 from kernels.formats import dequantize
 
@@ -31,9 +31,9 @@ def available(x: Tensor) -> str | None:
 
 def can_compile(x: Tensor) -> bool:
     """Whether torch.compile has anything to do for a model with weights like x. The CPU's kernels run all layers as one
-    operation, which leaves nothing.
+    operation, which leaves nothing. Nor where compiling has failed before.
     """
-    return available(x) != "cpu"
+    return available(x) != "cpu" and compiler.works
 
 
 def backend(x: Tensor, rows: int) -> str | None:
