@@ -1,6 +1,7 @@
 """Odd machines: no compiler or a broken one, no place for the library, a damaged library; torch.compile without g++."""
 
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -27,8 +28,6 @@ BROKEN = {
     "has no room": (VERSION + "echo 'error: x.s: No space left on device'; exit 1", "set TMPDIR to a folder with room"),
     "writes nothing": (VERSION, "wrote no library; install g++"),
     "writes no library": (VERSION + "echo text > $out", "can't be built"),
-    "hangs": ("sleep 600 & sleep 600", "did not end within 1 seconds; install g++"),
-    "hangs at the source": (VERSION + "sleep 600 & sleep 600", "did not end within 1 seconds; install g++"),
 }
 
 
@@ -73,12 +72,22 @@ def script(machine, text):
 def test_a_broken_compiler_is_one_line(case, machine, monkeypatch):
     text, words = BROKEN[case]
     monkeypatch.setenv("CXX", script(machine, text))
-    if case.startswith("hangs"):
-        for limit in ("ANSWER_SECONDS", "BUILD_SECONDS"):
-            monkeypatch.setattr(cpu, limit, 1)
     ready, line = prepare()
     assert not ready and "plain PyTorch, which is slower" in line and words in line
     assert not kept(machine) or case == "writes no library"
+
+
+@pytest.mark.parametrize("first", ["", VERSION])
+def test_a_compiler_that_hangs_is_ended_with_all_that_it_started(first, machine, monkeypatch):
+    os.mkfifo(machine / "alive")
+    alive = os.open(machine / "alive", os.O_RDONLY | os.O_NONBLOCK)
+    monkeypatch.setenv("CXX", script(machine, first + f"exec 3> {machine}/alive; sleep 600 & sleep 600"))
+    for limit in ("ANSWER_SECONDS", "BUILD_SECONDS"):
+        monkeypatch.setattr(cpu, limit, 3)
+    ready, line = prepare()
+    assert not ready and "did not end within 3 seconds; install g++" in line
+    assert select.select([alive], [], [], 20)[0], "a process still has the pipe open"
+    os.close(alive)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +193,13 @@ def test_a_named_cache_needs_no_home(machine, monkeypatch):
     assert prepare() == (True, "") and len(kept(machine)) == 1
 
 
+@pytest.mark.parametrize("cache", ["", "relative"])
+def test_a_cache_that_is_no_whole_path_is_the_homes(cache, machine, monkeypatch):
+    monkeypatch.setenv("HOME", str(machine))
+    monkeypatch.setenv("XDG_CACHE_HOME", cache)
+    assert prepare() == (True, "") and len(list(machine.glob(".cache/layerskip-fast/*.so"))) == 1
+
+
 def test_a_full_disk_for_the_cache(machine, monkeypatch):
     def copyfile(source, target):
         raise OSError(28, "No space left on device", str(target))
@@ -194,23 +210,20 @@ def test_a_full_disk_for_the_cache(machine, monkeypatch):
     assert [path.suffix for path in (machine / "cache" / "layerskip-fast").iterdir()] in ([], [".lock"])
 
 
-def unwritable():
-    raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+def only_if_named(original, dir=None):
+    if dir is None:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+    return original(dir=dir)
 
 
 def test_without_a_temporary_folder_it_is_built_where_it_is_kept(machine, monkeypatch):
-    monkeypatch.setattr(tempfile, "gettempdir", unwritable)
-    monkeypatch.setattr(tempfile, "_sanitize_params", partial(sanitized, tempfile._sanitize_params))
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", partial(only_if_named, tempfile.TemporaryDirectory))
     assert prepare() == (True, "") and len(kept(machine)) == 1
     assert {path.suffix for path in kept(machine)[0].parent.iterdir()} <= {".so", ".lock"}
 
 
-def sanitized(original, prefix, suffix, dir):
-    return original(prefix, suffix, dir or tempfile.gettempdir())
-
-
 def test_nowhere_to_write_at_all(machine, monkeypatch):
-    monkeypatch.setattr(tempfile, "gettempdir", unwritable)
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", partial(only_if_named, None))
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr("pwd.getpwuid", no_entry)
     monkeypatch.delenv("XDG_CACHE_HOME")
