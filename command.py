@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,10 +27,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
+def warning_line(message: Warning | str, *where: object, **line: object) -> str:
+    """A warning as users of a command see it, without the place in the source."""
+    return f"warning: {message}\n"
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main()`. Bad input ends in one line on stderr and exit code 1, Ctrl-C in 130, SIGTERM in 143."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that half-written files are removed
     torch.set_num_threads(usable_threads())
+    warnings.formatwarning = warning_line
     try:
         main()
     except InputError as error:

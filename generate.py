@@ -31,6 +31,7 @@ from checkpoint import count_parameters, load_model
 from command import InputError, add_threads, check_device, check_writable, set_threads
 from drafters import SMALLER, Drafter, check_length, make_drafter, weight_bytes
 from files import replacing, write_json
+from kernels.compiler import compiled
 from model import Transformer
 from tokenizer import Text, Tokenizer
 from tp import Shard, broadcast, run_command, start
@@ -256,13 +257,11 @@ class Decoder:
             if member is self.drafter:
                 self.prefill = pieces.prefill
         self.compiled = (compile or compile_prefill) and kernels.can_compile(model.embed.weight)
-        if compile and self.compiled:  # the same functions again for each model, drafter and k
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
-            compiled = partial(torch.compile, fullgraph=True, dynamic=False)
+        if compile and self.compiled:
             for member, (step, verify) in self.pieces.items():
                 self.pieces[member] = compiled(step), compiled(verify)
         if compile_prefill and self.compiled:
-            self.prefill = torch.compile(self.prefill, fullgraph=True, dynamic=True)
+            self.prefill = compiled(self.prefill, dynamic=True)
         self.random = self.make_generator(device, seed)
         self.stats = Stats(0, {})  # of the last generation
         self.late = 0  # rounds in flight while the host reads an earlier one
@@ -1067,7 +1066,7 @@ def introduce(path: Path, decoder: Decoder, prompt: list[int], args: argparse.Na
                 "note: there are no kernels for quantized weights here: they are widened for every token, "
                 "which is slower than float weights"
             )
-    if (args.compile or args.compile_prefill) and not decoder.compiled:
+    if (args.compile or args.compile_prefill) and kernels.available(weight) == "cpu":
         print("note: --compile changes nothing on the CPU: its kernels are compiled already")
     room = decoder.rows - len(prompt) + 1
     if 0 < room < args.max_new_tokens and not args.interactive:

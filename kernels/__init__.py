@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import cpu, cuda, probe
+from kernels import compiler, cpu, cuda, probe
 from kernels.cuda import MAX_ROWS
 from kernels.formats import dequantize
 
@@ -43,9 +43,10 @@ def available(x: Tensor) -> str | None:
 
 def can_compile(x: Tensor) -> bool:
     """Whether torch.compile has anything to do for a model with weights like x, and can. The CPU's kernels run all
-    layers as one operation, which leaves nothing. Where Triton's kernels don't run, those that it would make don't.
+    layers as one operation, which leaves nothing. Where Triton's kernels don't run, those that it would make don't; and
+    where it has failed before, it will again.
     """
-    return available(x) != "cpu" and not cuda.fail_on(x)
+    return available(x) != "cpu" and compiler.works and not cuda.fail_on(x)
 
 
 def backend(x: Tensor, rows: int) -> str | None:

@@ -34,6 +34,7 @@ from command import InputError, check_writable, run_command
 from drafters import Drafter, SelfDrafter, check_length
 from files import write_text
 from generate import Decoder, acceptance, load, peak_memory_gb, total_counts, total_rounds
+from kernels.compiler import compiled
 from model import Linear, ModelConfig, RMSNorm, Transformer
 from tokenizer import Tokenizer
 
@@ -274,9 +275,7 @@ def pass_times(model: Transformer, rows: int, compile: bool, repeats: int = 9) -
     device = model.embed.weight.device
     step = full_pass
     if compile and kernels.can_compile(model.embed.weight):
-        # Each number of rows is compiled for itself.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
-        step = torch.compile(full_pass, fullgraph=True, dynamic=False)
+        step = compiled(full_pass)  # for each number of rows by itself
     times = []
     for m in range(1, rows + 1):
         x = torch.zeros(1, m, dtype=torch.long, device=device)

@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -163,6 +164,7 @@ def call(main, *args, input=""):
 
     code, before = None, signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warnings, "formatwarning", warnings.formatwarning)  # which a command sets
         patch.setattr(sys, "argv", [main.__module__, *map(str, args)])
         for name, text in dict(stdin=input, stdout="", stderr="").items():
             data = io.BytesIO(text if isinstance(text, bytes) else text.encode())
