@@ -123,6 +123,7 @@ def hub(monkeypatch, tmp_path):
     """A Hub that download.py talks to, without pauses; what it downloads goes to tmp_path."""
     server = Hub(FILES)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -345,7 +346,7 @@ def test_a_home_that_is_a_file_is_named(hub, tmp_path, monkeypatch):
 
 
 def prepare(scripts, url):
-    environment = {**os.environ, "HF_ENDPOINT": url, "PYTHON": sys.executable, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment = {**os.environ, "HF_ENDPOINT": url, "PYTHON": sys.executable, "no_proxy": "127.0.0.1"}
     return subprocess.Popen(
         [scripts / "prepare.sh", "a/b"],
         env=environment,
