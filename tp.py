@@ -370,6 +370,8 @@ def connect(shard: Shard, address: tuple[str, int]) -> None:
     if shard.rank:
         await_listener(address)
     store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    # After a failure `torchrun --max_restarts` starts them anew, and its store still has the messages of those before.
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     shard.store = dist.PrefixStore("layerskip", store)
     if shard.parent:
         shard.outlive_nobody()

@@ -260,6 +260,13 @@ def wait_until_gone(*pids):
     return not left
 
 
+def torchrun(errors, *options):
+    """torchrun with two processes that run `loop`; errors: a file for their stderr."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options, __file__]
+    with open(errors, "w") as stderr:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the processes in /proc")
 @pytest.mark.parametrize("killed,watch", [(None, True), (1, True), (1, False)])
@@ -268,9 +275,7 @@ def test_a_killed_process_ends_all(killed, watch, tmp_path, monkeypatch):
     if not watch:
         monkeypatch.setenv("UNWATCHED", "1")
     errors = tmp_path / "errors"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    with open(errors, "w") as stderr:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    process = torchrun(errors)
     everyone = ready(process, 2)
     os.kill(everyone.get(killed, process.pid), signal.SIGKILL)
     process.stdout.close()
@@ -282,3 +287,16 @@ def test_a_killed_process_ends_all(killed, watch, tmp_path, monkeypatch):
         assert lines[0] == "error: torchrun was killed"
     else:
         assert "lost contact with process 1" in lines[0] or "another process failed or was killed" in lines[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the processes in /proc")
+def test_torchrun_may_start_them_again(tmp_path):
+    process = torchrun(tmp_path / "errors", "--max_restarts=1")
+    first = ready(process, 2)
+    os.kill(first[1], signal.SIGKILL)
+    second = ready(process, 2)
+    process.kill()
+    process.stdout.close()
+    assert wait_until_gone(*first.values(), *second.values()) and len(second) == 2
+    process.wait()
