@@ -20,6 +20,8 @@ from command import InputError, check_memory, first_line, run_command
 from model import ROPE_SCALING, ModelConfig
 from tokenizer import Tokenizer, read_object
 
+AGAIN = "download the checkpoint again"
+
 # {our tensor: their tensors} of a layer. If they have several, ours is theirs stacked along the rows.
 LAYER = {
     "attention_norm.weight": ["input_layernorm.weight"],
@@ -143,12 +145,16 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def shard_names(index: Path) -> list[str]:
-    """The file names that an index lists, sorted, without folders. Raises InputError if it lists none."""
+    """The file names that an index lists, sorted. Raises InputError if it lists none, or one outside its own folder."""
     weight_map = read_json(index).get("weight_map")
     is_map = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
     if not is_map or not weight_map:
         raise InputError(f"{index}: has no weight_map from tensors to files")
-    return [Path(name).name for name in sorted(set(weight_map.values()))]
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise InputError(f"{index}: weight_map names {name!r}; the name of a file beside it was expected")
+    return names
 
 
 def read_weights(files: list[Path]) -> dict[str, Tensor]:
@@ -159,13 +165,13 @@ def read_weights(files: list[Path]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in tqdm(files, desc="reading", unit="file", disable=None):
         if not file.is_file():
-            raise InputError(f"{file}: not found, though the index lists it; download the checkpoint again")
+            raise InputError(f"{file}: not found, though the index lists it; {AGAIN}")
         try:
             tensors |= read_tensors(file)
         except InputError:
             raise
         except Exception as error:  # each format has its own errors for a damaged file
-            raise InputError(f"{file}: truncated or damaged ({first_line(error, 'empty file')})") from None
+            raise InputError(f"{file}: truncated or damaged ({first_line(error, 'empty file')}); {AGAIN}") from None
     for tensor in tensors.values():
         if not isinstance(tensor, Tensor):
             raise InputError(f"{files[0]}: holds more than tensors; a plain state dict was expected")

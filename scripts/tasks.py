@@ -7,7 +7,6 @@ import argparse
 import csv
 import itertools
 import json
-import os
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from files import append_line, drop_torn_line, locked, parse_json, read_text, re
 from generate import CHECKPOINTS, NGRAM_K, Decoder, Sampling
 from model import Transformer
 from tokenizer import Tokenizer
+from tp import world_size
 
 if TYPE_CHECKING:
     import datasets
@@ -361,10 +361,9 @@ def check(args: argparse.Namespace) -> None:
 
 def check_machine(device: str) -> None:
     """Raise InputError unless this is the only process and can compute on the device."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if (size := world_size()) > 1:
         raise InputError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the measuring scripts are for one process: "
-            "start them without torchrun"
+            f"WORLD_SIZE is {size}, but the measuring scripts are for one process: start them without torchrun"
         )
     check_device(device)
 
