@@ -273,13 +273,15 @@ def run_command(main: Callable[[], None], watch: bool = True) -> None:
     The first process speaks for all, and if one fails, all end. watch: end on signals at once; False: main takes them.
     """
 
+    def watched() -> None:
+        start().watch()  # only here, because the handler of `run_alone` would end this process without a word
+        main()
+
     def together() -> None:
         shard = start()
         if shard.size == 1:
             main()
             return
-        if watch:
-            shard.watch()
-        run_shard(main, shard)
+        run_shard(watched if watch else main, shard)
 
     run_alone(together)

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -430,6 +431,34 @@ def test_a_killed_rank_ends_all(killed, interactive, folder):
         assert not any(Path(f"/proc/{pid}").exists() for pid in everyone.values())
     finally:
         process.kill()
+
+
+def test_a_signal_is_told_once_even_while_python_runs(monkeypatch):
+    """The handler of a command that runs alone would end the process first, without a word."""
+    shard, told, failed = tp.Shard(0, 2), [], threading.Event()
+
+    def fail(why):
+        told.append(why)
+        failed.set()
+
+    def main():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert failed.wait(30)
+
+    for thing, name, value in (
+        (tp, "start", lambda: shard),
+        (shard, "fail", fail),
+        (shard, "gather", lambda value: None),
+        (tp.dist, "destroy_process_group", lambda: None),
+    ):
+        monkeypatch.setattr(thing, name, value)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        tp.run_command(main)
+    finally:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, handler)
+    assert told == ["error: another process failed or was killed, or torchrun was told to stop"]
 
 
 def test_bad_input_ends_all_in_one_line(folder):
