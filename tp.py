@@ -416,7 +416,7 @@ def run_shard(main: Callable[[], None], shard: Shard, watch: bool) -> None:
 
     def watched() -> None:
         if watch:
-            shard.watch()
+            shard.watch()  # only here, because the handler of `run_alone` would end this process without a word
         main()
 
     if shard.rank:  # the first speaks for all

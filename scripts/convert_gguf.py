@@ -15,8 +15,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
@@ -199,15 +201,16 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def lent(reader: GGUFReader) -> Iterator[None]:
-    """Have transformers take this reader of the file, or else it reads the header three times more."""
+    """Have transformers take this reader of the file, or else it reads the header three times more; and make the table
+    of names once, not for each module of the model.
+    """
     import gguf
 
-    original = gguf.GGUFReader
-    gguf.GGUFReader = lambda path: reader  # type: ignore[assignment, misc]
-    try:
+    with (
+        patch.object(gguf, "GGUFReader", lambda path: reader),
+        patch.object(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
+    ):
         yield
-    finally:
-        gguf.GGUFReader = original  # type: ignore[misc]
 
 
 def load(file: Path, reader: GGUFReader, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
