@@ -69,7 +69,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """message: argparse's, such as "argument --steps: 0: must be ..."."""
-        raise InputError(message.removeprefix("argument ").replace(": ", " ", 1))
+        before, _, about = message.partition("argument ")
+        if not before and about:
+            message = about.replace(": ", " ", 1)
+        raise InputError(message)
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -4,6 +4,11 @@ The engine is `Decoder`: `for token in Decoder(model).generate(ids, 100): ...` y
 The command line below it is a thin user.
 """
 
+if __name__ == "__main__":
+    from early import begin
+
+    begin()
+
 import argparse
 import json
 import os
@@ -19,11 +24,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":
-    from early import begin
-
-    begin()
 
 import torch
 import torch.nn.functional as F

@@ -5,15 +5,15 @@ the choice of the token is most sensitive to it. The norms stay as they are, and
 reads one row. Where the head is tied to the embedding, it becomes an int8 copy.
 """
 
-import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
-
 if __name__ == "__main__":
     from early import begin
 
     begin()
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn

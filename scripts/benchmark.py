@@ -9,17 +9,7 @@ spoilt, with probability 1 - --acceptance. The bytes and kernels are those of th
 text are synthetic.
 """
 
-import argparse
-import functools
-import itertools
-import json
-import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,6 +17,17 @@ if __name__ == "__main__":
     from early import begin
 
     begin()
+
+import argparse
+import functools
+import itertools
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
 
 import torch
 from torch import Tensor

@@ -6,22 +6,23 @@ The folder appears whole or not at all.
 
 from __future__ import annotations
 
-import io
-import json
-import math
-import re
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if __name__ == "__main__":
     from early import begin
 
     begin()
+
+import io
+import json
+import math
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch

@@ -3,10 +3,7 @@
 The folder's own files stay as they are; the two new ones appear beside them, whole or not at all.
 """
 
-import pickle
 import sys
-import zipfile
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -14,6 +11,10 @@ if __name__ == "__main__":
     from early import begin
 
     begin()
+
+import pickle
+import zipfile
+from dataclasses import replace
 
 import torch
 from safetensors.torch import load_file

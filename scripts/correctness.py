@@ -16,19 +16,20 @@ Writes FILE.jsonl and FILE.csv, a row for each way to draft. An interrupted chec
 The exit code is 1 if the check fails.
 """
 
-import argparse
-import functools
 import sys
-from collections.abc import Callable, Sequence
-from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if __name__ == "__main__":
     from early import begin
 
     begin()
+
+import argparse
+import functools
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor

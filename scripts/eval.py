@@ -11,19 +11,20 @@ FILE.text.csv and a plot, FILE.text.png. With --reference, the agreement is with
 example, compare a quantized checkpoint with the checkpoint that it was made from.
 """
 
-import argparse
-import json
-import math
 import sys
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if __name__ == "__main__":
     from early import begin
 
     begin()
+
+import argparse
+import json
+import math
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 

@@ -1,15 +1,16 @@
 """Write a checkpoint as a Hugging Face folder, so that transformers (and its assistant_early_exit) can run it."""
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if __name__ == "__main__":
     from early import begin
 
     begin()
+
+import json
+from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor

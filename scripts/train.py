@@ -7,26 +7,27 @@ checkpoint folder that generate.py reads, and a table of the loss and the agreem
 
 # The options are in train_options.py.
 
-import argparse
-import json
-import math
-import signal
 import sys
-import time
-import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if __name__ == "__main__":
     from early import begin
 
     begin()
+
+import argparse
+import json
+import math
+import signal
+import time
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
