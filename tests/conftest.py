@@ -165,7 +165,7 @@ def call(main, *args, input=""):
     """Run a command's `main` in this process, which saves a start-up of seconds; the result as of subprocess.run."""
     from command import run_command
 
-    code, before = None, signal.getsignal(signal.SIGTERM)
+    code, before = None, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(warnings, "formatwarning", warnings.formatwarning)  # which a command sets
         patch.setattr(sys, "argv", [main.__module__, *map(str, args)])
@@ -177,7 +177,8 @@ def call(main, *args, input=""):
         except SystemExit as end:
             code = end.code
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
         stdout, stderr = (stream.buffer.getvalue().decode() for stream in (sys.stdout, sys.stderr))
     if isinstance(code, str):  # as Python ends then
         code, stderr = 1, f"{stderr}{code}\n"

@@ -33,12 +33,14 @@ def test_the_documented_commands_run_word_for_word(hf_folder, tmp_path):
         "checkpoint.py",
         "drafters.py",
         "command.py",
+        "early.py",
         "files.py",
         "quantize.py",
         "tp.py",
         "generate.py",
         "tokenizer.py",
         "tune.py",
+        "values.py",
     ):
         shutil.copy(ROOT / name, copy)
     shutil.copytree(ROOT / "scripts", copy / "scripts")
