@@ -35,18 +35,18 @@ DIGEST = "weights"  # the field of model.json that says which model.pth it descr
 
 
 def load_config(path: str | Path) -> ModelConfig:
-    """Read `model.json`. Raises InputError if it is missing, not JSON, or lacks a field."""
+    """Read `model.json`. Raises InputError if it is missing, not JSON, or has a field that is missing or wrong."""
+    if not Path(path).exists():
+        raise InputError(f"{path}: not found; scripts/convert_hf_checkpoint.py writes it beside model.pth")
+    values = read_object(path)
+    names = [field.name for field in fields(ModelConfig)]
+    for name in names:
+        if name not in values:
+            raise InputError(f"{path}: field {name!r} is missing; convert the checkpoint again")
     try:
-        values = json.loads(Path(path).read_text())
-        return ModelConfig(**{f.name: values[f.name] for f in fields(ModelConfig)})
-    except FileNotFoundError:
-        raise InputError(f"{path}: not found; scripts/convert_hf_checkpoint.py writes it beside model.pth") from None
+        return ModelConfig(**{name: values[name] for name in names})
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: not a readable model description ({error})") from None
-    except KeyError as error:
-        raise InputError(f"{path}: field {error} is missing; convert the checkpoint again") from None
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, Tensor]:

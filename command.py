@@ -1,14 +1,22 @@
 """What all commands share: how bad input ends them, and what they check before they begin."""
 
+import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
+import early
+from values import whole
+
 MOST_THREADS = 1024
+BROKEN_PIPE = 141  # the exit code of a command whose reader has left, as of one that SIGPIPE ends
 
 
 class InputError(ValueError):
@@ -17,7 +25,7 @@ class InputError(ValueError):
 
 def first_line(error: BaseException, otherwise: str) -> str:
     """The first line of an error's message; `otherwise` if it has none."""
-    lines = str(error).splitlines()
+    lines = str(error).strip().splitlines()
     return lines[0] if lines else otherwise
 
 
@@ -26,15 +34,88 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main()`. Bad input ends in one line on stderr and exit code 1, Ctrl-C in 130, SIGTERM in 143."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that half-written files are removed
-    torch.set_num_threads(usable_threads())
+def warning_line(message: Warning | str, *where: object, **line: object) -> str:
+    """A warning as users of a command see it, without the place in the source."""
+    return f"warning: {message}\n"
+
+
+@contextmanager
+def blaming(what: str) -> Iterator[None]:
+    """Turn any error of a library into an InputError: each has its own for damaged files, and Rust's are no Exceptions.
+
+    what: what the message says is wrong. InputError passes, as does what isn't the input's fault.
+    """
     try:
-        main()
+        yield
+    except (InputError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit, ModuleNotFoundError):
+        raise
+    except BaseException as error:
+        raise InputError(f"{what} ({first_line(error, type(error).__name__)})") from None
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Drop what libraries write to standard error by themselves, as Rust does before its error arrives here."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed: there is nothing to drop
+        yield
+        return
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are InputErrors: one line, as of all other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        """message: argparse's, such as "argument --steps: 0: must be ..."."""
+        before, _, about = message.partition("argument ")
+        if not before and about:
+            message = about.replace(": ", " ", 1)
+        raise InputError(message)
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's `main()`. Bad input ends in one line on stderr and exit code 1, Ctrl-C in 130, SIGTERM in 143.
+
+    While it runs, both are exceptions, so that half-written files are removed.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    early.open_streams()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # what the terminal can't show is no reason to lose a run
+    torch.set_num_threads(usable_threads())
+    warnings.formatwarning = warning_line
+    try:
+        run(main)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        early.end_on_signals()
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run `main` and write out what it has printed. Bad input becomes a SystemExit with its one line."""
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
     except InputError as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:
+        drop_output()
+        sys.exit(BROKEN_PIPE)
     except OSError as error:
+        drop_output()
         sys.exit(f"error: {error.filename or 'input or output'}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
@@ -43,8 +124,15 @@ def run_command(main: Callable[[], None]) -> None:
     except ModuleNotFoundError as error:
         how = "pip install -r requirements.txt, and for scripts/ -r scripts/requirements.txt"
         sys.exit(f"error: the package {error.name} is missing: {how}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+
+
+def drop_output() -> None:
+    """If printing failed, drop what is still to be printed: at its end Python would try again, and complain."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError), open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), sys.stdout.fileno())
 
 
 def quota(cgroups: Path = Path("/sys/fs/cgroup")) -> float | None:
@@ -73,18 +161,11 @@ def add_threads(add: Callable) -> None:
     """add: `add_argument` of a parser."""
     add(
         "--threads",
-        type=int,
+        type=whole(1, MOST_THREADS),
         default=usable_threads(),
         metavar="N",
         help="threads to compute with on the CPU (default here: %(default)s)",
     )
-
-
-def set_threads(threads: int) -> None:
-    """Raises InputError unless it is a number of threads."""
-    if not 1 <= threads <= MOST_THREADS:
-        raise InputError(f"--threads {threads}: must be 1 to {MOST_THREADS}")
-    torch.set_num_threads(threads)
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import kernels
 from command import InputError
-from kernels import cpu
 from model import Linear, Transformer, natives
 
 LONGEST_PAUSE = 31  # rounds that n-gram drafts stay away while they are wrong
@@ -356,8 +355,7 @@ def can_round_head(model: Transformer) -> bool:
     if model.config.quantization:
         return False
     weight = model.head.weight
-    if weight.device.type == "cpu":
-        cpu.prepare()
+    kernels.prepare(weight, model.config.n_head // model.config.n_kv_head, model.config.head_dim)
     return kernels.available(weight) is not None
 
 

@@ -15,7 +15,7 @@ import socket
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -30,6 +30,7 @@ except ImportError:  # Windows: what killed writers left stays there
     fcntl = None  # type: ignore[assignment]
 
 from command import InputError
+from values import Kind, shown
 
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS}  # the file system has no such operation
 
@@ -37,22 +38,40 @@ CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS}  # the fi
 # Reading.
 
 
-def check_regular(path: str | Path, what: str = "file") -> None:
-    """Raise InputError if `path` is there and is no regular file: reading it could take for ever."""
-    path = Path(path)
-    if path.exists() and not path.is_file():
+def check_regular(path: str | Path, what: str = "file", pipes: bool = False) -> None:
+    """Raise InputError if `path` is there and is no regular file: reading it could take for ever.
+
+    what: is expected. pipes: allow those too, for what a user hands over as <(command).
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # opening it says more
+        return
+    if stat.S_ISDIR(mode):
+        raise InputError(f"{path}: is a folder; a {what} was expected")
+    if not stat.S_ISREG(mode) and not (pipes and stat.S_ISFIFO(mode)):
         raise InputError(f"{path}: not a regular file; a {what} was expected")
 
 
-def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, without a byte-order mark. Raises InputError if it can't be read."""
-    check_regular(path)
+def read_bytes(path: str | Path, pipes: bool = False) -> bytes:
+    """What a file holds. Raises InputError if it can't be read. pipes: as for `check_regular`."""
+    check_regular(path, pipes=pipes)
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text") from None
+        return Path(path).read_bytes()
     except (OSError, ValueError) as error:  # the latter: a path that can't be one
         raise InputError(f"{path}: can't be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def read_text(path: str | Path, pipes: bool = False) -> str:
+    """The text of a UTF-8 file, without a byte-order mark and with \n at the ends of its lines.
+
+    Raises InputError if it can't be read. pipes: as for `check_regular`.
+    """
+    try:
+        text = read_bytes(path, pipes).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def parse_json(text: str) -> Any:
@@ -95,12 +114,45 @@ def read_json(path: str | Path) -> Any:
 
 def read_object(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file; {} if there is no such file. Raises InputError if it holds something else."""
-    if not Path(path).exists():
+    if not os.path.lexists(path):
         return {}
     value = read_json(path)
     if not isinstance(value, dict):
         raise InputError(f"{path}: not a JSON object")
     return value
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Of each line of a JSONL file that isn't empty: its name for error messages, and its object.
+
+    Raises InputError if the file can't be read, or a line is something else.
+    """
+    # Not splitlines: it also cuts at other characters, which a JSON string may hold.
+    for number, line in enumerate(read_text(path, pipes=True).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            value = parse_json(line)
+        except ValueError as error:
+            raise InputError(f"{where}: not a JSON object ({error})") from None
+        if not isinstance(value, dict):
+            raise InputError(f"{where}: not a JSON object")
+        yield where, value
+
+
+def check_fields(values: Any, kinds: Mapping[str, Kind], where: str | Path) -> None:
+    """Raise InputError unless the values are an object, each of whose fields is what its kind allows.
+
+    A field that is missing counts as null. where: the file, or the part of it, that holds the values.
+    """
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: not a JSON object")
+    for name, kind in kinds.items():
+        if name not in values and not kind.allows(None):
+            raise InputError(f"{where}: field {name} is missing; {kind} was expected")
+        if not kind.allows(values.get(name)):
+            raise InputError(f"{where}: {name} is {shown(values[name])}; {kind} was expected")
 
 
 # Writing.

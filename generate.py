@@ -4,6 +4,11 @@ The engine is `Decoder`: `for token in Decoder(model).generate(ids, 100): ...` y
 The command line below it is a thin user.
 """
 
+if __name__ == "__main__":
+    from early import begin
+
+    begin()
+
 import argparse
 import json
 import os
@@ -28,16 +33,20 @@ from torch import Tensor
 import kernels
 import tune
 from checkpoint import count_parameters, load_model
-from command import InputError, add_threads, check_device, check_writable, set_threads
-from drafters import SMALLER, Drafter, check_length, make_drafter, weight_bytes
-from files import replacing, write_json
-from model import Transformer
+from command import InputError, Parser, add_threads, check_device, check_writable
+from drafters import SMALLER, Drafter, make_drafter, weight_bytes
+from files import read_bytes, replacing, write_json
+from kernels.compiler import compiled
+from model import SIZES, Transformer
 from tokenizer import Text, Tokenizer
 from tp import Shard, broadcast, run_command, start
+from values import filled, filled_path, or_auto, real, whole
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 DEFAULT_PROMPT = "class Stack:\n    def __init__(self):\n"
 SPECULATE_K = 4  # tokens that a model drafts in a round, where nothing else is said
+DRAFT_LENGTH = whole(1, kernels.MAX_ROWS - 1)  # the type of options
+MOST_SEED = 2**63 - 1
 NGRAM_K = 7  # the same for n-grams: with it a round has 8 rows, which the CPU's kernels take at once
 INTERACTIVE_ROWS = 8192  # cache rows for a conversation; many models' contexts are far longer
 
@@ -256,13 +265,11 @@ class Decoder:
             if member is self.drafter:
                 self.prefill = pieces.prefill
         self.compiled = (compile or compile_prefill) and kernels.can_compile(model.embed.weight)
-        if compile and self.compiled:  # the same functions again for each model, drafter and k
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
-            compiled = partial(torch.compile, fullgraph=True, dynamic=False)
+        if compile and self.compiled:
             for member, (step, verify) in self.pieces.items():
                 self.pieces[member] = compiled(step), compiled(verify)
         if compile_prefill and self.compiled:
-            self.prefill = torch.compile(self.prefill, fullgraph=True, dynamic=True)
+            self.prefill = compiled(self.prefill, dynamic=True)
         self.random = self.make_generator(device, seed)
         self.stats = Stats(0, {})  # of the last generation
         self.late = 0  # rounds in flight while the host reads an earlier one
@@ -772,15 +779,17 @@ def read_prompt(args: argparse.Namespace, shard: Shard) -> str:
     text = problem = None
     if shard.rank == 0:  # of several processes one reads
         try:
-            data = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
+            data = sys.stdin.buffer.read() if args.prompt_file == "-" else read_bytes(args.prompt_file, pipes=True)
             text = data.decode()
         except UnicodeDecodeError:
-            problem = "is not valid UTF-8"
+            problem = f"{source}: is not valid UTF-8"
         except OSError as error:
-            problem = f"can't be read ({error.strerror})"
+            problem = f"{source}: can't be read ({error.strerror})"
+        except InputError as error:
+            problem = str(error)
     text, problem = shard.share((text, problem))
     if problem:
-        raise InputError(f"--prompt_file {source}: {problem}")
+        raise InputError(f"--prompt_file {problem}")
     return text
 
 
@@ -791,17 +800,23 @@ def encode_prompt(tokenizer: Tokenizer, text: str, args: argparse.Namespace) -> 
     return tokenizer.chat([*opening(args.system), dict(role="user", content=text)])
 
 
-def int_or_auto(text: str) -> int | str:
-    return text if text == "auto" else int(text)
-
-
 def add_what_to_run(p: argparse.ArgumentParser) -> None:
     add = p.add_argument_group("what to run").add_argument
-    add("--checkpoint_path", type=Path, help="model.pth of a prepared checkpoint (default: that of checkpoints/demo)")
-    add("--model", metavar="REPO", help="checkpoints/REPO/model.pth, downloaded and converted first if it isn't there")
+    add(
+        "--checkpoint_path",
+        type=filled_path,
+        help="model.pth of a prepared checkpoint (default: that of checkpoints/demo)",
+    )
+    add(
+        "--model",
+        type=filled,
+        metavar="REPO",
+        help="checkpoints/REPO/model.pth, downloaded and converted first if it isn't there",
+    )
     add("--prompt", help="text to continue (default: the beginning of a Python class)")
     add(
         "--prompt_file",
+        type=filled,
         metavar="FILE",
         help="take the prompt from a UTF-8 file, exactly as it is; -: from standard input",
     )
@@ -815,8 +830,8 @@ def add_what_to_run(p: argparse.ArgumentParser) -> None:
         help="read prompts from the terminal and stream the answers; with --chat: a conversation. "
         "Drafted tokens appear dimmed until they are verified",
     )
-    add("--num_samples", type=int, default=5, help="how often to continue the prompt (default: %(default)s)")
-    add("--max_new_tokens", "--max_steps", type=int, default=200, help="per sample (default: %(default)s)")
+    add("--num_samples", type=whole(1), default=5, help="how often to continue the prompt (default: %(default)s)")
+    add("--max_new_tokens", "--max_steps", type=whole(1), default=200, help="per sample (default: %(default)s)")
     add(
         "--stop",
         nargs="+",
@@ -826,7 +841,7 @@ def add_what_to_run(p: argparse.ArgumentParser) -> None:
     )
     add(
         "--stop_token_ids",
-        type=int,
+        type=whole(),
         nargs="+",
         default=[],
         metavar="N",
@@ -836,15 +851,15 @@ def add_what_to_run(p: argparse.ArgumentParser) -> None:
 
 def add_sampling(p: argparse.ArgumentParser) -> None:
     add = p.add_argument_group("sampling").add_argument
-    add("--temperature", type=float, default=0.8, help="0: always the most likely token (default: %(default)s)")
-    add("--top_k", type=int, help="draw from the k most likely tokens only (default: all)")
+    add("--temperature", type=real(), default=0.8, help="0: always the most likely token (default: %(default)s)")
+    add("--top_k", type=whole(1), help="draw from the k most likely tokens only (default: all)")
     add(
         "--top_p",
-        type=float,
+        type=real(0, 1),
         default=1.0,
         help="draw from the most likely tokens that together have this probability (default: %(default)s)",
     )
-    add("--seed", type=int, default=1234, help="same seed, same text (default: %(default)s)")
+    add("--seed", type=whole(0, MOST_SEED), default=1234, help="same seed, same text (default: %(default)s)")
 
 
 def add_speculation(p: argparse.ArgumentParser) -> None:
@@ -863,8 +878,8 @@ def add_speculation(p: argparse.ArgumentParser) -> None:
         help="draft what followed the last occurrence of the text's last tokens; with --self_speculative the model "
         "drafts where there is none",
     )
-    add("--ngram_k", type=int, metavar="K", help=f"tokens in an n-gram draft (default: {NGRAM_K})")
-    add("--ngram_max", type=int, default=3, metavar="N", help="look up the last N tokens or fewer (default: 3)")
+    add("--ngram_k", type=DRAFT_LENGTH, metavar="K", help=f"tokens in an n-gram draft (default: {NGRAM_K})")
+    add("--ngram_max", type=whole(1), default=3, metavar="N", help="look up the last N tokens or fewer (default: 3)")
     add(
         "--generation_strategy",
         choices=["autoregressive", "self_speculative"],
@@ -873,7 +888,7 @@ def add_speculation(p: argparse.ArgumentParser) -> None:
     add(
         "--early_exit",
         "--exit_layer",
-        type=int_or_auto,
+        type=or_auto(SIZES["n_layer"]),
         metavar="E",
         help="draft with this many layers (default: a quarter of them; with --draft_precision int8 or int4: all); "
         "auto: see below",
@@ -881,7 +896,7 @@ def add_speculation(p: argparse.ArgumentParser) -> None:
     add(
         "--speculate_k",
         "--num_speculations",
-        type=int_or_auto,
+        type=or_auto(DRAFT_LENGTH),
         metavar="K",
         help=f"draft this many tokens per round (default: {SPECULATE_K}). auto for E and K takes the fastest "
         "that scripts/sweep.py has stored with the checkpoint. Without one, or with auto for one of them, a short "
@@ -893,7 +908,7 @@ def add_speculation(p: argparse.ArgumentParser) -> None:
         default="int8",
         help="draft with a copy of the output head in int8, or with the head itself (default: %(default)s)",
     )
-    add("--draft_checkpoint_path", type=Path, help="draft with this separate, smaller checkpoint instead")
+    add("--draft_checkpoint_path", type=filled_path, help="draft with this separate, smaller checkpoint instead")
 
 
 def add_how_to_run(p: argparse.ArgumentParser) -> None:
@@ -911,15 +926,20 @@ def add_how_to_run(p: argparse.ArgumentParser) -> None:
     add("--compile_prefill", action="store_true", help="compile the prompt's pass too")
     add(
         "--profile",
-        type=Path,
+        type=filled_path,
         metavar="FILE",
         help="write a trace of one more sample, for Perfetto or chrome://tracing",
     )
-    add("--json", metavar="FILE", help="write all results as one JSON object; -: as the last line of the output")
+    add(
+        "--json",
+        type=filled,
+        metavar="FILE",
+        help="write all results as one JSON object; -: as the last line of the output",
+    )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
+    p = Parser(
         description="Generate text from a LayerSkip checkpoint, plainly or with self-speculative decoding. "
         "Without arguments: the demo checkpoint that comes with this repository.",
         epilog="Where an option has two names, they are gpt-fast's and the LayerSkip repository's.",
@@ -927,7 +947,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for add_group in (add_what_to_run, add_sampling, add_speculation, add_how_to_run):
         add_group(p)
     args = p.parse_args(argv)
-    set_threads(args.threads)
+    torch.set_num_threads(args.threads)
     args.self_speculative |= args.generation_strategy == "self_speculative"
     check_args(args)
     return args
@@ -935,21 +955,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise InputError for the first option whose value is wrong by itself, or that contradicts another."""
-    for name in ("model", "checkpoint_path", "draft_checkpoint_path", "json", "profile", "prompt_file"):
-        if str(getattr(args, name)) in ("", "."):  # an empty shell variable
-            raise InputError(f"--{name}: is empty")
-    for name in ("num_samples", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: must be 1 or more")
     if "" in args.stop:
         raise InputError("--stop: an empty string would end every sample before it begins")
-    if any(id < 0 for id in args.stop_token_ids):
-        raise InputError("--stop_token_ids: ids are 0 or more")
-    if not 0 <= args.seed < 2**63:
-        raise InputError(f"--seed {args.seed}: must be 0 to 2^63 - 1")
-    for option, path in (("--json", args.json), ("--profile", args.profile)):
-        if path and path != "-":
-            check_writable(option, path)
+    for option, file in (("--json", args.json), ("--profile", args.profile)):
+        if file and file != "-":
+            check_writable(option, file)
     check_together(args)
 
 
@@ -994,7 +1004,6 @@ def make_decoder(args: argparse.Namespace, model: Transformer, draft_model: Tran
     ngram_k = 0
     if args.draft == "ngram":
         ngram_k = NGRAM_K if args.ngram_k is None else args.ngram_k
-        check_length("ngram_k", ngram_k)  # 0 is none
     return Decoder(
         model,
         exit_layer=exit_layer,
@@ -1067,7 +1076,7 @@ def introduce(path: Path, decoder: Decoder, prompt: list[int], args: argparse.Na
                 "note: there are no kernels for quantized weights here: they are widened for every token, "
                 "which is slower than float weights"
             )
-    if (args.compile or args.compile_prefill) and not decoder.compiled:
+    if (args.compile or args.compile_prefill) and kernels.available(weight) == "cpu":
         print("note: --compile changes nothing on the CPU: its kernels are compiled already")
     room = decoder.rows - len(prompt) + 1
     if 0 < room < args.max_new_tokens and not args.interactive:
@@ -1171,8 +1180,6 @@ def print_drafters(report: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # what the terminal can't show is no reason to lose a run
     shard = start()
     args.device = shard.device(args.device)
     path = find_checkpoint(args, shard)

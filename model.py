@@ -20,20 +20,32 @@ import kernels
 from command import InputError, check_memory
 from kernels import cpu, formats, fused
 from kernels.formats import GROUPSIZES
+from values import FLAG, NOTHING, TEXT, list_of, one_of, real, shown, whole
+
+# What a model may have at most of each. Far beyond any there is, but no product of two overflows.
+SIZES = {
+    "vocab_size": whole(1, 2**24),
+    "dim": whole(1, 2**17),
+    "n_layer": whole(1, 10_000),
+    "n_head": whole(1, 2**14),
+    "n_kv_head": whole(1, 2**14),
+    "head_dim": whole(1, 2**14),
+    "intermediate_size": whole(1, 2**20),
+    "context": whole(1, 2**30),
+}
+ROPE_THETA, NORM_EPS = real(1e-3, 1e15), real(1e-30, 1)
+ROPE_FACTOR = real(1e-3, 1e6)
 
 # The kinds of RoPE scaling, by the names that config.json has for them, and the numbers that each wants.
 ROPE_SCALING = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "linear": dict(factor=ROPE_FACTOR),
+    "llama3": dict(
+        factor=ROPE_FACTOR,
+        low_freq_factor=ROPE_FACTOR,
+        high_freq_factor=ROPE_FACTOR,
+        original_max_position_embeddings=SIZES["context"],
+    ),
 }
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def is_whole(value: object) -> bool:
-    return isinstance(value, int) and is_number(value)
 
 
 @dataclass
@@ -60,45 +72,50 @@ class ModelConfig:
 
     def __post_init__(self):
         """Raises InputError for a field that can't be right: the values come from files."""
-        for name in ("vocab_size", "dim", "n_layer", "n_head", "n_kv_head", "head_dim", "intermediate_size", "context"):
-            self.need(is_whole(getattr(self, name)), name, "a positive whole number")
-        for name in ("rope_theta", "norm_eps"):
-            self.need(is_number(getattr(self, name)), name, "a positive number")
-        self.need(self.n_layer <= 10_000, "n_layer", "at most 10000")
-        self.need(isinstance(self.tied, bool), "tied", "true or false")
+        token = whole(0, self.vocab_size - 1) if SIZES["vocab_size"].allows(self.vocab_size) else whole()
+        kinds = {
+            **SIZES,
+            "rope_theta": ROPE_THETA,
+            "norm_eps": NORM_EPS,
+            "tied": FLAG,
+            "bos_id": token | NOTHING,
+            "eos_ids": list_of(token),
+            "quantization": one_of("int8", "int4") | NOTHING,
+            "source": TEXT,
+        }
+        for name, kind in kinds.items():
+            self.need(kind.allows(getattr(self, name)), name, kind)
         self.need(self.head_dim % 2 == 0, "head_dim", "even")
         if self.n_head % self.n_kv_head:
             raise InputError(f"{self.n_head} query heads can't share {self.n_kv_head} key/value heads evenly")
         if self.rope_scaling is not None:
             self.check_rope_scaling(self.rope_scaling)
-        self.need(self.bos_id is None or self.is_token(self.bos_id), "bos_id", "a token id, or None")
-        self.need(isinstance(self.eos_ids, (list, tuple)), "eos_ids", "token ids")
-        self.need(all(map(self.is_token, self.eos_ids)), "eos_ids", "token ids")
         self.eos_ids = tuple(self.eos_ids)
-        self.check_quantization()
+        self.check_groupsize()
 
-    def need(self, condition: object, name: str, what: str) -> None:
+    def need(self, condition: object, name: str, right: object) -> None:
         if not condition:
-            raise InputError(f"the model's description has {name} = {getattr(self, name)!r}: it must be {what}")
-
-    def is_token(self, value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < self.vocab_size
+            value = shown(getattr(self, name))
+            raise InputError(f"the model's description has {name} = {value}: it must be {right}")
 
     def check_rope_scaling(self, scaling: dict) -> None:
         self.need(isinstance(scaling, dict), "rope_scaling", "None or an object")
         scaling.setdefault("rope_type", "llama3")  # the only kind that older descriptions have
         kind = scaling["rope_type"]
-        self.need(kind in ROPE_SCALING, "rope_scaling", f"None, or of rope_type {' or '.join(ROPE_SCALING)}")
-        names = ROPE_SCALING[kind]
-        self.need(
-            all(is_number(scaling.get(name)) for name in names), "rope_scaling", f"with positive {', '.join(names)}"
-        )
+        is_known = isinstance(kind, str) and kind in ROPE_SCALING
+        self.need(is_known, "rope_scaling", f"None, or of rope_type {' or '.join(ROPE_SCALING)}")
+        for name, number in ROPE_SCALING[kind].items():
+            self.need(number.allows(scaling.get(name)), "rope_scaling", f"with {name} {number}")
+        if kind == "llama3":
+            slow, fast = scaling["low_freq_factor"], scaling["high_freq_factor"]
+            self.need(slow < fast, "rope_scaling", "with low_freq_factor below high_freq_factor")
 
-    def check_quantization(self) -> None:
-        self.need(self.quantization in (None, "int8", "int4"), "quantization", "None, int8 or int4")
-        sizes = GROUPSIZES if self.quantization == "int4" else (None,)
-        allowed = ", ".join(map(str, GROUPSIZES))
-        self.need(self.groupsize in sizes, "groupsize", f"one of {allowed} with int4, else None")
+    def check_groupsize(self) -> None:
+        if self.quantization == "int4":
+            sizes = ", ".join(map(str, GROUPSIZES))
+            self.need(whole().allows(self.groupsize) and self.groupsize in GROUPSIZES, "groupsize", f"one of {sizes}")
+        else:
+            self.need(self.groupsize is None, "groupsize", "None, as only int4 has groups")
 
     @property
     def default_exit(self) -> int:
@@ -190,8 +207,8 @@ class Linear(nn.Module):
         self.rows = rows or self.rows
         self.columns = columns or self.columns
         self.combine = combine or self.combine
-        for name, whole in self.state_dict().items():
-            part = torch.cat(self.pieces(whole))
+        for name, tensor in self.state_dict().items():
+            part = torch.cat(self.pieces(tensor))
             setattr(self, name, nn.Parameter(part, requires_grad=False) if name in self._parameters else part)
 
     def pieces(self, whole: Tensor) -> list[Tensor]:
@@ -420,8 +437,7 @@ class Transformer(nn.Module):
         """See to KV caches of at least `rows` positions in every layer, in the weights' dtype and on their device."""
         weight, attention = self.embed.weight, self.layers[0].attention
         cache = attention.k_cache
-        if weight.device.type == "cpu":
-            cpu.prepare()
+        kernels.prepare(weight, self.config.n_head // self.config.n_kv_head, self.config.head_dim)
         for module in self.modules():
             if isinstance(module, Linear):
                 module.arrange()

@@ -5,8 +5,12 @@ the choice of the token is most sensitive to it. The norms stay as they are, and
 reads one row. Where the head is tied to the embedding, it becomes an int8 copy.
 """
 
+if __name__ == "__main__":
+    from early import begin
+
+    begin()
+
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +20,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import check_state, expected_tensors, load_config, read_state, release, saved, verified
-from command import InputError, check_device, run_command
+from command import InputError, Parser, check_device, run_command
+from files import check_fields, read_lines, read_text
 from kernels.formats import GROUPSIZES, dequantize, int4_range, int4_round, int8_rows, pack, round_weight
-from model import Block, Linear, ModelConfig, Transformer
+from model import SIZES, Block, Linear, ModelConfig, Transformer
 from tokenizer import Tokenizer
+from values import NOTHING, TEXT, filled_path, whole
 
 State = dict[str, Tensor]
 Inputs = list[tuple[Tensor, tuple]]  # for each text what Block takes: hidden states (1, T, D) and Transformer.positions
@@ -238,16 +244,13 @@ def quantize_checkpoint(
 
 def calibration_text(path: Path) -> str:
     """A text file, or the prompts and references of a JSONL file. Raises InputError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix != ".jsonl":
-            return text
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        return "\n".join(row["prompt"] + (row.get("reference") or "") for row in rows)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"--calibration {path}: not UTF-8 text, or not JSON objects with a 'prompt'") from None
-    except OSError as error:
-        raise InputError(f"--calibration {path}: can't be read ({error.strerror})") from None
+    if path.suffix != ".jsonl":
+        return read_text(path, pipes=True)
+    texts = []
+    for where, row in read_lines(path):
+        check_fields(row, {"prompt": TEXT, "reference": TEXT | NOTHING}, where)
+        texts.append(row["prompt"] + (row.get("reference") or ""))
+    return "\n".join(texts)
 
 
 def calibration_windows(
@@ -264,10 +267,10 @@ def calibration_windows(
 
 
 def arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(
+    p = Parser(
         description="Quantize a checkpoint's weights. The result lies beside it, and generate.py takes it as any other."
     )
-    p.add_argument("--checkpoint_path", type=Path, required=True, help="model.pth of a prepared checkpoint")
+    p.add_argument("--checkpoint_path", type=filled_path, required=True, help="model.pth of a prepared checkpoint")
     p.add_argument(
         "--mode",
         choices=["int8", "int4", "int4-gptq"],
@@ -284,20 +287,22 @@ def arguments() -> argparse.Namespace:
     p.add_argument(
         "--early_exit",
         "--exit_layer",
-        type=int,
+        type=SIZES["n_layer"],
         metavar="E",
         help="write the first E layers and the head alone: a draft model for the unquantized checkpoint, see "
         "--draft_checkpoint_path of generate.py",
     )
     p.add_argument(
         "--calibration",
-        type=Path,
+        type=filled_path,
         metavar="FILE",
         help="text like what the model will write, for int4-gptq, plain or as prompts.jsonl (default: prompts.jsonl "
         "beside the checkpoint, if it is there)",
     )
-    p.add_argument("--calibration_windows", type=int, default=64, help="pieces of it to use (default: %(default)s)")
-    p.add_argument("--calibration_length", type=int, default=512, help="tokens in each (default: %(default)s)")
+    p.add_argument(
+        "--calibration_windows", type=whole(1), default=64, help="pieces of it to use (default: %(default)s)"
+    )
+    p.add_argument("--calibration_length", type=whole(2), default=512, help="tokens in each (default: %(default)s)")
     p.add_argument("--act_order", action="store_true", help="int4-gptq: the most important columns first")
     p.add_argument(
         "--device",
@@ -317,10 +322,9 @@ def calibrate(args: argparse.Namespace) -> list[Tensor]:
     if not path:
         raise InputError("--mode int4-gptq: needs --calibration, a text file like what the model will write")
     check_device(args.device)
-    if args.calibration_windows < 1 or args.calibration_length < 2:
-        raise InputError("--calibration_windows and --calibration_length: must be 1 and 2 or more")
     config = load_config(checkpoint.with_suffix(".json"))
     tokenizer = Tokenizer.load(checkpoint.parent)
+    tokenizer.check_model(config.vocab_size)
     return calibration_windows(path, tokenizer, config, args.calibration_length, args.calibration_windows)
 
 

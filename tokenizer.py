@@ -9,7 +9,8 @@ import base64
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -24,7 +25,9 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 from tokenizers.processors import TemplateProcessing
 
-from command import InputError, first_line
+from command import InputError, blaming, first_line, unheard
+from files import check_fields, parse_json, read_object, read_text
+from values import FLAG, NOTHING, OBJECT, TEXT, Kind, list_of, whole
 
 # Where Llama 3 cuts a text into words. The same pattern is in its tokenizer.json and in the model card of its tiktoken
 # file. It belongs to the format.
@@ -47,6 +50,14 @@ LLAMA3_SPECIAL = [
     "<|python_tag|>",
 ]
 STANDARD_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+FLAGS = (  # of tokenizer_config.json
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+    "clean_up_tokenization_spaces",
+    "legacy",
+    "split_special_tokens",
+)
 TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of pieces in a sentencepiece model
 
@@ -73,15 +84,10 @@ class Tokenizer:
         if not file.is_file():
             raise InputError(f"{folder}: has neither tokenizer.json nor tokenizer.model")
         settings = Settings.read(folder)
-        try:
+        with library(f"{file}: not a readable tokenizer"):
             if file.name == "tokenizer.model" and is_tiktoken(file):
                 return TiktokenTokenizer(folder, settings)
             return BackendTokenizer(folder, settings)
-        except InputError:
-            raise
-        except Exception as error:  # each library has its own errors for a damaged file
-            reason = first_line(error, type(error).__name__)
-            raise InputError(f"{file}: not a readable tokenizer ({reason})") from None
 
     def check_model(self, vocab_size: int) -> None:
         """Raise InputError if a model of `vocab_size` tokens is too small for this tokenizer.
@@ -122,13 +128,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:
             raise InputError("the text is not valid UTF-8") from None
-        try:
+        with library(f"{self.folder}: its tokenizer can't turn the text into tokens"):
             ids = self._encode(text, special)
-        except InputError:
-            raise
-        except Exception as error:  # tiktoken, for one, fails on a million spaces
-            reason = first_line(error, type(error).__name__)
-            raise InputError(f"the text can't be turned into tokens ({reason})") from None
         highest = max(ids, default=0)
         if self.model_size is not None and highest >= self.model_size:
             unknown = self._name_of(highest)
@@ -143,7 +144,14 @@ class Tokenizer:
         return f"token id {token}"
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids. Special tokens give no text, nor do ids beyond the vocabulary, which a padded model has."""
+        """The text of ids. Special tokens give no text, nor do ids beyond the vocabulary, which a padded model has.
+
+        Raises InputError if the tokenizer's own rules for it fail.
+        """
+        with library(f"{self.folder}: its tokenizer can't turn tokens into text"):
+            return self._decode(ids)
+
+    def _decode(self, ids: list[int]) -> str:
         raise NotImplementedError
 
     def table(self) -> dict[str, int]:
@@ -213,6 +221,16 @@ class Tokenizer:
         if tokens_below(common, ours) != tokens_below(common, theirs):
             return False
         return all(self.encode(text, special=False) == other.encode(text, special=False) for text in SAMPLES)
+
+
+@contextmanager
+def library(what: str) -> Iterator[None]:
+    """Around all that calls a tokenizer's library: any failure, a panic of Rust too, becomes an InputError.
+
+    what: what the message says has failed.
+    """
+    with unheard(), blaming(what):
+        yield
 
 
 def tokens_below(end: int, table: dict[str, int]) -> dict[str, int]:
@@ -294,6 +312,20 @@ SAMPLES = (
 
 # What the folder's files say about the tokenizer, apart from the vocabulary.
 
+TOKEN_ID = whole(0, 2**31 - 1)
+TOKEN = TEXT | Kind(
+    "an object with its content", lambda value: OBJECT.allows(value) and TEXT.allows(value.get("content"))
+)
+SETTINGS = {
+    "tokenizer_class": TEXT | NOTHING,
+    "chat_template": TEXT | OBJECT | list_of(OBJECT) | NOTHING,
+    "added_tokens_decoder": OBJECT | NOTHING,
+    "additional_special_tokens": list_of(TOKEN) | NOTHING,
+    "extra_special_tokens": list_of(TOKEN) | OBJECT | NOTHING,
+    **dict.fromkeys(STANDARD_ROLES, TOKEN | NOTHING),
+    **dict.fromkeys(FLAGS, FLAG | NOTHING),
+}
+
 
 @dataclass
 class Settings:
@@ -313,18 +345,19 @@ class Settings:
         """The settings of a folder. Raises InputError if one of the files is not what it should be."""
         path = folder / "tokenizer_config.json"
         own = read_object(path)
-        kind = own.get("tokenizer_class") or read_object(folder / "config.json").get("tokenizer_class") or ""
-        if not isinstance(kind, str):
-            raise InputError(f"{path}: tokenizer_class is {kind!r}; a name was expected")
+        check_fields(own, SETTINGS, path)
+        kind = own.get("tokenizer_class")
+        if not kind:
+            config = read_object(folder / "config.json")
+            check_fields(config, {"tokenizer_class": TEXT | NOTHING}, folder / "config.json")
+            kind = config.get("tokenizer_class") or ""
         settings = cls(kind.removesuffix("Fast"), dict(own), path.exists())
         if settings.kind not in CLASSES and settings.kind not in PLAIN_CLASSES:
             advice = "if tokenizer.json is right as it is, change it to PreTrainedTokenizerFast"
             raise InputError(f"{path}: tokenizer_class {kind} is not supported; {advice}")
-        try:
+        with blaming(f"{path}, or a file beside it, has no readable list of tokens"):
             settings._read_roles(folder)
             settings._read_added(folder)
-        except (TypeError, ValueError, AttributeError, KeyError) as error:
-            raise InputError(f"{path}: not a readable list of tokens ({error})") from None
         settings.template = read_template(folder, settings.values)
         return settings
 
@@ -378,7 +411,9 @@ class Settings:
             return {int(id): added_token(value) for id, value in self.values["added_tokens_decoder"].items()}
         special = {token.content for token in [*self.roles.values(), *(self.extra or [])] if token}
         by_id = {}
-        for text, id in read_object(folder / "added_tokens.json").items():
+        path = folder / "added_tokens.json"
+        for text, id in read_object(path).items():
+            check_fields({text: id}, {text: TOKEN_ID}, path)
             is_special = text in special
             by_id[id] = AddedToken(text, normalized=not is_special, special=is_special)
         for value in read_object(folder / "tokenizer.json").get("added_tokens") or []:
@@ -408,19 +443,6 @@ def added_token(value: str | dict) -> AddedToken:
     return AddedToken(value["content"], **flags)
 
 
-def read_object(path: Path) -> dict:
-    """The JSON object in a file; {} if there is no such file. Raises InputError if it holds something else."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return value
-
-
 def is_tiktoken(path: Path) -> bool:
     """Whether a tokenizer.model is a tiktoken file: lines of `base64 rank`. The other kind is sentencepiece's."""
     with open(path, "rb") as file:
@@ -442,11 +464,8 @@ def read_template(folder: Path, settings: dict) -> str | None:
     Raises InputError if the file isn't UTF-8.
     """
     file = folder / "chat_template.jinja"
-    try:
-        if file.exists():
-            return file.read_text(encoding="utf-8")
-    except (ValueError, OSError):
-        raise InputError(f"{file}: not a readable UTF-8 text") from None
+    if file.exists():
+        return read_text(file)
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, with names
         named = {}
@@ -536,7 +555,7 @@ class BackendTokenizer(Tokenizer):
             raise InputError(f"the text has {self.fill} in it: CodeLlama's infilling is not supported")
         return self.backend.encode(text, add_special_tokens=special).ids
 
-    def decode(self, ids: list[int]) -> str:
+    def _decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def table(self) -> dict[str, int]:
@@ -580,14 +599,14 @@ def read_backend(folder: Path, settings: Settings) -> tokenizers.Tokenizer:
         settings.extra = settings.older_extra
     if whole.padding:
         settings.defaults(pad_token=whole.padding["pad_token"])
-    text = file.read_text(encoding="utf-8")
+    text = read_text(file)
     is_llama3 = settings.kind == "LlamaTokenizer" and '"ByteLevel"' in text  # the folder names the wrong class
     if settings.kind not in CLASSES or is_llama3:
         return whole
     if not isinstance(whole.model, BPE):
         kind = type(whole.model).__name__
         raise InputError(f"{file}: a {kind} model, which {settings.kind}, named in tokenizer_config.json, can't have")
-    backend = class_backend(json.loads(text)["model"], settings)
+    backend = class_backend(parse_json(text)["model"], settings)
     if settings.kind == "CodeLlamaTokenizer":
         frame_texts(backend, settings, bos=True)
     elif settings.kind != "GPTNeoXTokenizer":  # this class adds nothing to a text, whatever the file says
@@ -950,7 +969,7 @@ class TiktokenTokenizer(Tokenizer):
             ids.append(self.eos_id)
         return ids
 
-    def decode(self, ids: list[int]) -> str:
+    def _decode(self, ids: list[int]) -> str:
         return self.model.decode([id for id in ids if self.is_shown(id)])
 
     def is_shown(self, token: int) -> bool:
@@ -966,12 +985,17 @@ class TiktokenTokenizer(Tokenizer):
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """{token: rank} of a tiktoken file, whose lines are `base64 rank`. Raises ValueError for a damaged line."""
+    """{token: rank} of a tiktoken file, whose lines are `base64 rank`. Raises ValueError for a damaged one."""
     ranks = {}
     for line in path.read_bytes().splitlines():
         if line:
             token, rank = line.split()
             ranks[base64.b64decode(token)] = int(rank)
+    if set(ranks.values()) != set(range(len(ranks))):
+        raise ValueError("its ranks are not 0, 1, 2 and so on")
+    for byte in range(256):
+        if bytes([byte]) not in ranks:
+            raise ValueError(f"it has no token for the byte {byte}")
     return ranks
 
 

@@ -9,7 +9,6 @@ a few timed rounds, for each precision, predict every E and K. `generate.py --ea
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,8 +23,9 @@ import kernels
 from checkpoint import dtype_name
 from command import InputError
 from drafters import last_exit
-from files import locked, write_json
-from model import Transformer
+from files import check_fields, locked, read_json, write_json
+from model import SIZES, Transformer
+from values import FLAG, NOTHING, TEXT, one_of, whole
 
 Decoder = Any  # generate.Decoder; generate.py imports this module
 
@@ -243,7 +243,15 @@ def calibrate(
 # Settings kept beside a checkpoint, in model.tune.json: a list of objects, each a `key` with exit_layer, k and
 # draft_precision.
 
-KEY = ("device", "precision", "compile", "greedy")
+FIELDS = {
+    "device": TEXT,
+    "precision": TEXT,
+    "compile": FLAG,
+    "greedy": FLAG,
+    "exit_layer": SIZES["n_layer"] | NOTHING,  # nothing: plain decoding
+    "k": whole(1, kernels.MAX_ROWS - 1),
+    "draft_precision": one_of("same", "int8", "int4") | NOTHING,  # older entries have none
+}
 
 
 def key(model: Transformer, compile: bool, temperature: float) -> dict[str, Any]:
@@ -265,16 +273,17 @@ def tuned_path(checkpoint: str | Path) -> Path:
 def read_settings(checkpoint: str | Path) -> list[dict[str, Any]]:
     """All settings kept beside a checkpoint; [] if there are none. Raises InputError if the file is something else."""
     path = tuned_path(checkpoint)
+    if not path.exists():
+        return []
     try:
-        entries = json.loads(path.read_text()) if path.is_file() else []
-        for entry in entries:
-            for name in (*KEY, "exit_layer", "k"):
-                entry[name]  # raises if it is missing
-        return entries
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            f"{path}: not the settings that scripts/sweep.py writes ({error}); delete it, or run the sweep again"
-        ) from None
+        entries = read_json(path)
+        if not isinstance(entries, list):
+            raise InputError(f"{path}: not a JSON list")
+        for number, entry in enumerate(entries, 1):
+            check_fields(entry, FIELDS, f"{path}, entry {number}")
+    except InputError as error:
+        raise InputError(f"{error}; scripts/sweep.py writes it: delete it, or run the sweep again") from None
+    return entries
 
 
 def store(checkpoint: str | Path, key: dict[str, Any], exit_layer: int | None, k: int, precision: str) -> None:
@@ -290,7 +299,7 @@ def stored(checkpoint: str | Path, key: dict[str, Any]) -> Setting | None:
     """What was kept for the key, or None."""
     for entry in read_settings(checkpoint):
         if is_for(entry, key):
-            precision = entry.get("draft_precision", "same")  # older entries have none
+            precision = entry.get("draft_precision") or "same"
             return entry["exit_layer"], entry["k"], precision, f"stored in {tuned_path(checkpoint)}"
     return None
 

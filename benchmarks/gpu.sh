@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What is wanted of a GPU, in one command: checks, then figures, then a short table. Each step's output is kept in
-# FOLDER. A step whose output is there is not run again, so that the command goes on where a time limit stopped it.
+# What is wanted of a GPU, in one command: checks, then figures, then a short table; after benchmarks/gpu_smoke.sh has
+# shown that the GPU runs all of it. Each step's output is kept in FOLDER. A step whose output is there is not run again, so that the command goes on where a time limit stopped it.
 # SHAPES, LENGTHS, FORMATS, ACCEPTANCES, PLAIN and DEVICE can be set.
 # usage: benchmarks/gpu.sh FOLDER
 set -uo pipefail

@@ -2,15 +2,15 @@
 
 On CUDA these are Triton kernels (cuda.py), on the CPU a small C++ library (cpu.py, cpu.cpp). Each row of a result is
 computed by the same sequence of operations, however many rows go with it. So drafting, verifying and plain decoding
-agree bit for bit. Elsewhere, and where the library can't be built, plain PyTorch does the same work: slower, and
-without that promise.
+agree bit for bit. Elsewhere, where the library can't be built, and where a GPU doesn't run its kernels (probe.py),
+plain PyTorch does the same work: slower, and without that promise.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import cpu, cuda
+from kernels import compiler, cpu, cuda, probe
 from kernels.cuda import MAX_ROWS
 from kernels.formats import dequantize
 
@@ -20,20 +20,33 @@ enabled = True  # False: plain PyTorch everywhere, to compare with
 fuse = False
 
 
+def prepare(x: Tensor, group: int, width: int) -> None:
+    """See to the kernels for a model with weights like x, before it decodes: build the CPU's, try the GPU's. A warning
+    says why there are none.
+
+    group: query heads that share a key/value head. width: numbers of a head.
+    """
+    if x.device.type == "cpu":
+        cpu.prepare()
+    elif x.device.type == "cuda" and enabled:
+        probe.prepare(x, group, width, fuse)
+
+
 def available(x: Tensor) -> str | None:
-    """Which kernels there are for x's device and dtype: "cpu", "cuda", or None."""
+    """Which kernels there are for x's device and dtype, as `prepare` found: "cpu", "cuda", or None."""
     if not enabled:
         return None
     if cpu.takes(x):
         return "cpu"
-    return "cuda" if cuda.triton and x.device.type == "cuda" else None
+    return "cuda" if cuda.takes(x) else None
 
 
 def can_compile(x: Tensor) -> bool:
-    """Whether torch.compile has anything to do for a model with weights like x. The CPU's kernels run all layers as one
-    operation, which leaves nothing.
+    """Whether torch.compile has anything to do for a model with weights like x, and can. The CPU's kernels run all
+    layers as one operation, which leaves nothing. Where Triton's kernels don't run, those that it would make don't; and
+    where it has failed before, it will again.
     """
-    return available(x) != "cpu"
+    return available(x) != "cpu" and compiler.works and not cuda.fail_on(x)
 
 
 def backend(x: Tensor, rows: int) -> str | None:

@@ -18,12 +18,13 @@
 #include <exception>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#ifdef __x86_64__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -77,9 +78,15 @@ static inline float sum(vec v) {
 // Half of the lanes of x and of y: `Upper` of them or lower ones of each 2 H lanes. Those of x and y alternate, H by H.
 template <int H, bool Upper>
 [[gnu::always_inline]] static inline vec halves(vec x, vec y) {
-  ivec from;
-  for (int i = 0; i < W; i++) from[i] = (i / H % 2) * W + i / (2 * H) * 2 * H + i % H + (Upper ? H : 0);
-  return __builtin_shuffle(x, y, from);
+  constexpr auto from = [](int i) { return (i / H % 2) * W + i / (2 * H) * 2 * H + i % H + (Upper ? H : 0); };
+#ifdef __clang__
+  auto shuffle = [&]<int... I>(std::integer_sequence<int, I...>) { return __builtin_shufflevector(x, y, from(I)...); };
+  return shuffle(std::make_integer_sequence<int, W>());
+#else
+  ivec lanes;
+  for (int i = 0; i < W; i++) lanes[i] = from(i);
+  return __builtin_shuffle(x, y, lanes);
+#endif
 }
 
 template <int H>

@@ -20,6 +20,22 @@ MAX_ROWS = 16  # that the kernels take at once
 PROGRAMS = 512  # that a product is split into, at least: about four for each multiprocessor
 BLOCK_N = 32  # columns of a product that one program computes
 SPLIT = 256  # cache rows that one program attends to
+MOST_STAGES = 4  # steps of a product, at most, of which a program reads the later ones while it computes the first
+MOST_SHARED = 227 * 1024  # an H100's, where probe.py has not looked
+
+# What probe.py has found: bytes of shared memory that one program can have, and whether the kernels can be launched.
+shared_memory: dict[torch.device, int] = {}
+works: dict[tuple[torch.device, torch.dtype], bool] = {}
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the kernels have been seen to run on x's device, with its dtype."""
+    return works.get((x.device, x.dtype), False)
+
+
+def fail_on(x: Tensor) -> bool:
+    """Whether the kernels have been seen not to run on x's device, with its dtype."""
+    return not works.get((x.device, x.dtype), True)
 
 
 def linear(x: Tensor, w: Tensor, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
@@ -31,28 +47,32 @@ def linear(x: Tensor, w: Tensor, scale: Tensor | None = None, zero: Tensor | Non
     N, K = w.shape[0], x.shape[-1]
     x = x.contiguous()
     M = x.numel() // K
-    groupsize, block_k, blocks, splits = parting(x, w, zero)
+    groupsize, block_k, blocks, splits, stages = parting(x, w, zero)
     parts = x.new_empty(splits, *x.shape[:-1], N, dtype=torch.float32 if splits > 1 else x.dtype)
     linear_kernel[blocks, splits](
         x, w, scale, zero, parts, M, N, K,
         groupsize, splits, MAX_ROWS, BLOCK_N, block_k,
-        num_warps=x.itemsize, num_stages=4,
+        num_warps=x.itemsize, num_stages=stages,
     )  # fmt: skip
     return functools.reduce(torch.add, parts.unbind()).to(x.dtype)
 
 
-def parting(x: Tensor, w: Tensor, zero: Tensor | None) -> tuple[int, int, int, int]:
+def parting(x: Tensor, w: Tensor, zero: Tensor | None) -> tuple[int, int, int, int, int]:
     """How the product of x (..., K) and w (N, ...) is parted: int4's groupsize (else 1), the columns of K in a step,
-    the blocks of BLOCK_N columns of N, and the parts of K.
+    the blocks of BLOCK_N columns of N, the parts of K, and the steps that a program has on their way.
 
-    A program has x.itemsize warps: tensor cores don't take float32, which needs the registers of more threads.
+    There are so many of these that two programs fit into a multiprocessor's shared memory. A program has x.itemsize
+    warps: tensor cores don't take float32, which needs the registers of more threads.
     """
     K = x.shape[-1]
     groupsize = 1 if zero is None else K // zero.shape[1]
     block_k = max(512 // x.itemsize, groupsize)
     blocks = triton.cdiv(w.shape[0], BLOCK_N)
     splits = min(triton.next_power_of_2(triton.cdiv(PROGRAMS, blocks)), triton.cdiv(K, block_k))
-    return groupsize, block_k, blocks, splits
+    step = block_k * MAX_ROWS * x.itemsize + block_k * BLOCK_N * w.itemsize * w.shape[1] // K  # bytes
+    room = shared_memory.get(x.device, MOST_SHARED)
+    stages = min(MOST_STAGES, 1 + max(1, room // (2 * step)))
+    return groupsize, block_k, blocks, splits, stages
 
 
 def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor) -> Tensor:
@@ -231,12 +251,8 @@ if triton:
         last = tl.load(pos + T - 1)
         if split * SPLIT > last:
             return
-        row = tl.arange(0, ROWS)  # the group's heads of every query
         c = tl.arange(0, BLOCK_C)
-        t = row // GROUP
-        head = g * GROUP + row % GROUP
-        limit = tl.load(pos + t, mask=t < T, other=-1)  # a query sees cache rows up to its own position
-        inside = (t < T)[:, None] & (c < C)[None, :]
+        row, t, head, limit, inside = group_rows(pos, g, T, c, C, GROUP, ROWS)
         query = tl.load(q + ((b * T + t) * (G * GROUP) + head)[:, None] * C + c[None, :], mask=inside, other=0)
         cache = (b * G + g).to(tl.int64) * S * C
         acc, top, total = attend_part(query, k + cache, v + cache, limit, split, last, c, C, factor, SPLIT, BLOCK_S)
@@ -244,6 +260,16 @@ if triton:
         tl.store(part + out[:, None] * C + c[None, :], acc, mask=inside)
         tl.store(stat + out * 2, top, mask=t < T)
         tl.store(stat + out * 2 + 1, total, mask=t < T)
+
+    @triton.jit
+    def group_rows(pos, g, T, c, C, GROUP: tl.constexpr, ROWS: tl.constexpr):
+        """The rows of the program for group g of heads, one for each of them at each token: a row's number, token,
+        head, and the last cache row that it sees (ROWS,), and which of its numbers (ROWS, BLOCK_C) there are.
+        """
+        row = tl.arange(0, ROWS)
+        t = row // GROUP
+        limit = tl.load(pos + t, mask=t < T, other=-1)  # a query sees cache rows up to its own position
+        return row, t, g * GROUP + row % GROUP, limit, (t < T)[:, None] & (c < C)[None, :]
 
     @triton.jit
     def attend_part(query, k, v, limit, split, last, c, C, factor, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr):

@@ -87,7 +87,7 @@ def product(
         x, norm = cuda.norm(x, norm, eps), None
     N, K = w.shape[0], x.shape[-1]
     M = x.numel() // K
-    groupsize, block_k, blocks, splits = cuda.parting(x, w, zero)
+    groupsize, block_k, blocks, splits, stages = cuda.parting(x, w, zero)
     y = x.new_empty(*x.shape[:-1], N // 2 if gated else N)
     parts = x.new_empty(splits, M, N, dtype=torch.float32) if splits > 1 else None
     width = min(4096, triton.next_power_of_2(K)) if norm is not None else 0
@@ -95,7 +95,7 @@ def product(
     product_kernel[blocks, splits](
         x, norm, w, scale, zero, residual, parts, arrived, y, M, N, K, eps,
         gated, groupsize, splits, MAX_ROWS, BLOCK_N, block_k, width, pdl,
-        num_warps=x.itemsize, num_stages=4, launch_pdl=pdl,
+        num_warps=x.itemsize, num_stages=stages, launch_pdl=pdl,
     )  # fmt: skip
     return y
 
@@ -125,7 +125,7 @@ def attend(
 if triton:
     import triton.language as tl
 
-    from kernels.cuda import attend_part, combined
+    from kernels.cuda import attend_part, combined, group_rows
     from kernels.cuda import product as product_part
 
     @triton.jit(do_not_specialize=["M"])
@@ -260,11 +260,7 @@ if triton:
         t = tl.arange(0, TOKENS)
         key = first + t * (GROUP + 2) * G + GROUP * G + g
         write_new(qkv, key, cos, sin, k + cache, v + cache, pos, t, T, c, split, G, C, SPLIT)
-        row = tl.arange(0, ROWS)  # the group's heads of every query
-        t = row // GROUP
-        head = g * GROUP + row % GROUP
-        inside = (t < T)[:, None] & (c < C)[None, :]
-        limit = tl.load(pos + t, mask=t < T, other=-1)  # a query sees cache rows up to its own position
+        row, t, head, limit, inside = group_rows(pos, g, T, c, C, GROUP, ROWS)
         query = rotated(qkv, first + t * (GROUP + 2) * G + head, cos, sin, t, c, inside, C)
         acc, top, total = attend_part(query, k + cache, v + cache, limit, split, last, c, C, factor, SPLIT, BLOCK_S)
         parts = (b * G + g) * tl.num_programs(0)  # the first of this group's

@@ -9,20 +9,26 @@ spoilt, with probability 1 - --acceptance. The bytes and kernels are those of th
 text are synthetic.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    from early import begin
+
+    begin()
+
 import argparse
 import functools
 import itertools
 import json
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -31,11 +37,13 @@ import kernels
 import tasks
 from checkpoint import empty_model
 from command import InputError, check_writable, run_command
-from drafters import Drafter, SelfDrafter, check_length
+from drafters import Drafter, SelfDrafter
 from files import write_text
 from generate import Decoder, acceptance, load, peak_memory_gb, total_counts, total_rounds
+from kernels.compiler import compiled
 from model import Linear, ModelConfig, RMSNorm, Transformer
 from tokenizer import Tokenizer
+from values import filled, real, whole
 
 # vocab_size, dim, n_layer, n_head, n_kv_head, head_dim, intermediate_size, context, tied
 SHAPES = {
@@ -71,8 +79,8 @@ class Work:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = tasks.parser(__doc__, [2, 4], "an eighth and a quarter of the layers")
     tasks.add_ngram_options(p)
-    p.add_argument("--repeats", type=int, default=3, help="timed passes over the prompts")
-    p.add_argument("--pass_rows", type=int, default=8, help="time one full pass over 1 to this many rows")
+    p.add_argument("--repeats", type=whole(1, tasks.MOST_REPEATS), default=3, help="timed passes over the prompts")
+    p.add_argument("--pass_rows", type=whole(0, 1024), default=8, help="time one full pass over 1 to this many rows")
     p.add_argument(
         "--score",
         action="store_true",
@@ -84,12 +92,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--fuse", action="store_true", help="on a GPU, use the kernels that do more at once (unmeasured)")
     p.add_argument(
         "--json",
+        type=filled,
         metavar="FILE",
         default="-",
         help="write everything measured as one line of JSON; - means the last line of the output",
     )
     p.add_argument(
         "--out",
+        type=filled,
         metavar="FILE",
         help="keep all decoded texts in FILE.jsonl, to continue after an interrupt, and the table in FILE.csv",
     )
@@ -102,8 +112,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def add_shape_options(g: argparse._ArgumentGroup) -> None:
     g.add_argument("--shape", choices=SHAPES, help="use random weights of this shape, and no checkpoint and task")
     g.add_argument("--quantization", choices=["int8", "int4"], help="quantize the random weights")
-    g.add_argument("--acceptance", type=float, default=0.8, help="chance that a drafted token is right")
-    g.add_argument("--prompt_tokens", type=int, default=128, help="length of the random prompts")
+    g.add_argument("--acceptance", type=real(0, 1), default=0.8, help="chance that a drafted token is right")
+    g.add_argument("--prompt_tokens", type=whole(1, 10**6), default=128, help="length of the random prompts")
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -112,7 +122,6 @@ def check_options(args: argparse.Namespace) -> None:
         check_writable("--json", args.json)
     if args.out:
         check_writable("--out", f"{args.out}.jsonl")
-    tasks.check_at_least(1, args, "repeats", "prompt_tokens")
     if args.quantization and not args.shape:
         raise InputError("--quantization: is for --shape; quantize.py makes a quantized checkpoint")
     if args.shape and args.temperature:
@@ -121,13 +130,10 @@ def check_options(args: argparse.Namespace) -> None:
         )
     if args.shape and (args.draft or args.draft_precision != ["same"]):
         raise InputError("--draft and --draft_precision: random weights say nothing of how often these are right")
-    check_length("ngram_k", args.ngram_k)
     if args.score and args.shape:
         raise InputError("--score: random weights write nothing worth comparing; name a checkpoint")
     if args.score:
         tasks.score(["a"], ["a"])  # if a package is missing, that shows now
-    if not 0 <= args.acceptance <= 1:
-        raise InputError(f"--acceptance {args.acceptance}: must be between 0 and 1")
 
 
 @torch.inference_mode()
@@ -274,9 +280,7 @@ def pass_times(model: Transformer, rows: int, compile: bool, repeats: int = 9) -
     device = model.embed.weight.device
     step = full_pass
     if compile and kernels.can_compile(model.embed.weight):
-        # Each number of rows is compiled for itself.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
-        step = torch.compile(full_pass, fullgraph=True, dynamic=False)
+        step = compiled(full_pass)  # for each number of rows by itself
     times = []
     for m in range(1, rows + 1):
         x = torch.zeros(1, m, dtype=torch.long, device=device)
@@ -336,7 +340,7 @@ def measure(
     args: argparse.Namespace, decoders: list[Decoder], prompts: list[list[int]], results: tasks.Results
 ) -> None:
     """Decode every prompt with every decoder in turn, `repeats` times, but for what the results have already."""
-    done = {(row["repeat"], row["prompt"]) for row in results.rows}
+    done = results.by("repeat", "prompt")
     everything = itertools.product(range(args.repeats), range(len(prompts)))
     todo = [turn for turn in everything if turn not in done]
     for repeat, i in tqdm(todo, desc="decoding", unit="prompt", disable=None):

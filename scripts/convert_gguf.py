@@ -6,25 +6,34 @@ The folder appears whole or not at all.
 
 from __future__ import annotations
 
-import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    from early import begin
+
+    begin()
+
 import io
 import json
 import math
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from command import InputError, check_memory, run_command
+from command import InputError, Parser, blaming, check_memory, run_command
 from files import new_folder
+from values import filled_path
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -37,28 +46,6 @@ KV_HEADS = "llama.attention.head_count_kv"
 ROPE = "rope_freqs.weight"  # a factor for each of RoPE's wavelengths, which Llama 3 makes longer
 DAMAGED = "truncated or damaged; download it again"
 OPENED = ("is_local", "local_files_only")  # transformers writes into tokenizer_config.json how the file was opened
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error's message that isn't empty, or the name of its class."""
-    lines = str(error).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    return lines[0]
-
-
-@contextmanager
-def blaming(file: Path, what: str) -> Iterator[None]:
-    """Turn any error of a library into an InputError about the file. Each library has its own errors for damage.
-
-    what: what the message says is wrong. InputError and MemoryError pass unchanged.
-    """
-    try:
-        yield
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:
-        raise InputError(f"{file}: {what} ({reason(error)})") from None
 
 
 def read(file: Path) -> GGUFReader:
@@ -76,7 +63,7 @@ def read(file: Path) -> GGUFReader:
     with open(file, "rb") as opened:
         if opened.read(4) != b"GGUF":
             raise InputError(f"{file}: not a GGUF file, which would begin with the letters GGUF")
-    with blaming(file, DAMAGED):
+    with blaming(f"{file}: {DAMAGED}"):
         return Reader(file, "c")  # copy on write, as PyTorch warns about read-only arrays
 
 
@@ -150,7 +137,7 @@ def survey(file: Path, reader: GGUFReader) -> tuple[list[torch.dtype], float]:
     exact = [torch.bfloat16, torch.float16]
     largest = 0.0
     for tensor in tqdm(reader.tensors, desc="reading", unit="tensor", disable=None):
-        with blaming(file, f"tensor {tensor.name} can't be read"):
+        with blaming(f"{file}: tensor {tensor.name} can't be read"):
             values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
         peak = values.abs().max().item()
         if not math.isfinite(peak):
@@ -199,15 +186,16 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def lent(reader: GGUFReader) -> Iterator[None]:
-    """Have transformers take this reader of the file, or else it reads the header three times more."""
+    """Have transformers take this reader of the file, or else it reads the header three times more; and make the table
+    of names once, not for each module of the model.
+    """
     import gguf
 
-    original = gguf.GGUFReader
-    gguf.GGUFReader = lambda path: reader  # type: ignore[assignment, misc]
-    try:
+    with (
+        patch.object(gguf, "GGUFReader", lambda path: reader),
+        patch.object(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
+    ):
         yield
-    finally:
-        gguf.GGUFReader = original  # type: ignore[misc]
 
 
 def load(file: Path, reader: GGUFReader, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -215,7 +203,7 @@ def load(file: Path, reader: GGUFReader, dtype: torch.dtype) -> tuple[PreTrained
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with (
-        blaming(file, "transformers can't read it"),
+        blaming(f"{file}: transformers can't read it"),
         quiet(),
         lent(reader),
         tempfile.TemporaryDirectory() as alone,
@@ -282,7 +270,7 @@ def convert(file: Path | str, out: Path | str, dtype: str = "auto") -> Path:
     """
     file, out = Path(file), Path(out)
     reader = read(file)
-    with blaming(file, DAMAGED):
+    with blaming(f"{file}: {DAMAGED}"):
         check_kind(file, reader)
         check_tensors(file, reader)
     with new_folder(out, "--out") as folder:
@@ -299,9 +287,9 @@ def convert(file: Path | str, out: Path | str, dtype: str = "auto") -> Path:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("file", type=Path, help="GGUF file of a Llama, quantized or not")
-    p.add_argument("--out", type=Path, required=True, help="folder to write")
+    p = Parser(description=__doc__)
+    p.add_argument("file", type=filled_path, help="GGUF file of a Llama, quantized or not")
+    p.add_argument("--out", type=filled_path, required=True, help="folder to write")
     p.add_argument(
         "--dtype",
         choices=["auto", *DTYPES],

@@ -3,22 +3,32 @@
 The folder's own files stay as they are; the two new ones appear beside them, whole or not at all.
 """
 
-import argparse
 import sys
-import zipfile
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    from early import begin
+
+    begin()
+
+import pickle
+import zipfile
+from dataclasses import replace
+
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import dtype_name, saved
-from command import InputError, check_memory, first_line, run_command
-from model import ROPE_SCALING, ModelConfig
-from tokenizer import Tokenizer, read_object
+from command import InputError, Parser, blaming, check_memory, run_command
+from files import check_fields, check_regular, read_object
+from model import NORM_EPS, ROPE_SCALING, ROPE_THETA, SIZES, ModelConfig
+from tokenizer import Tokenizer
+from values import FLAG, NOTHING, OBJECT, TEXT, filled_path, list_of, shown, whole
+
+AGAIN = "download the checkpoint again"
 
 # {our tensor: their tensors} of a layer. If they have several, ours is theirs stacked along the rows.
 LAYER = {
@@ -28,6 +38,26 @@ LAYER = {
     "ffn_norm.weight": ["post_attention_layernorm.weight"],
     "ffn.w13.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
     "ffn.w2.weight": ["mlp.down_proj.weight"],
+}
+
+
+ID = whole()  # of a token; the model's description knows how many there are
+CONFIG = {  # the fields of config.json that are read
+    "vocab_size": SIZES["vocab_size"],
+    "hidden_size": SIZES["dim"],
+    "num_hidden_layers": SIZES["n_layer"],
+    "num_attention_heads": SIZES["n_head"],
+    "num_key_value_heads": SIZES["n_kv_head"] | NOTHING,
+    "head_dim": SIZES["head_dim"] | NOTHING,
+    "intermediate_size": SIZES["intermediate_size"],
+    "max_position_embeddings": SIZES["context"] | NOTHING,
+    "rope_theta": ROPE_THETA | NOTHING,
+    "rope_scaling": OBJECT | NOTHING,
+    "rope_parameters": OBJECT | NOTHING,
+    "rms_norm_eps": NORM_EPS | NOTHING,
+    "tie_word_embeddings": FLAG | NOTHING,
+    "bos_token_id": ID | NOTHING,
+    "_name_or_path": TEXT | NOTHING,
 }
 
 
@@ -44,7 +74,7 @@ def tensor_names(config: ModelConfig) -> dict[str, list[str]]:
 
 def read_json(path: Path) -> dict:
     """The JSON object in a file. Raises InputError if the file is missing or holds something else."""
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{path}: not found")
     return read_object(path)
 
@@ -54,10 +84,13 @@ def read_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     hf = read_json(path)
     check_supported(hf, path)
+    check_fields(hf, CONFIG, path)
     rope_theta, rope_scaling = read_rope(hf, path)
-    special = hf
-    if (folder / "generation_config.json").is_file():
-        special = read_json(folder / "generation_config.json")  # if it is there, only it decides what ends a text
+    special, source = hf, path
+    if (folder / "generation_config.json").exists():
+        source = folder / "generation_config.json"
+        special = read_json(source)  # if it is there, only it decides what ends a text
+    check_fields(special, {"eos_token_id": ID | list_of(ID) | NOTHING}, source)
     try:
         config = ModelConfig(
             vocab_size=hf["vocab_size"],
@@ -67,18 +100,16 @@ def read_config(folder: Path) -> ModelConfig:
             n_kv_head=hf.get("num_key_value_heads") or hf["num_attention_heads"],
             head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
             intermediate_size=hf["intermediate_size"],
-            context=hf.get("max_position_embeddings", 2048),  # the defaults are LlamaConfig's
+            context=hf.get("max_position_embeddings") or 2048,  # the defaults are LlamaConfig's
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            norm_eps=hf.get("rms_norm_eps", 1e-6),
-            tied=hf.get("tie_word_embeddings", False),
+            norm_eps=hf.get("rms_norm_eps") or 1e-6,
+            tied=hf.get("tie_word_embeddings") or False,
             bos_id=hf.get("bos_token_id"),
             eos_ids=as_ids(special.get("eos_token_id")),
             source=hf.get("_name_or_path") or folder.resolve().name,
         )
-    except KeyError as error:
-        raise InputError(f"{path}: field {error} is missing") from None
-    except (InputError, TypeError, ZeroDivisionError) as error:
+    except InputError as error:
         raise InputError(f"{path}: {error}") from None
     Tokenizer.load(folder).check_model(config.vocab_size)
     return config
@@ -108,10 +139,8 @@ def read_rope(hf: dict, path: Path) -> tuple[float, dict | None]:
 
     Raises InputError for a scaling that this engine doesn't know.
     """
-    for spelling in ("rope_scaling", "rope_parameters"):  # if both are there, the first counts, as in transformers
-        if not isinstance(hf.get(spelling) or {}, dict):
-            raise InputError(f"{path}: {spelling} is {hf[spelling]!r}; a JSON object was expected")
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}  # as in transformers
+    check_fields(rope, {"rope_type": TEXT | NOTHING, "type": TEXT | NOTHING, "rope_theta": ROPE_THETA | NOTHING}, path)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind != "default" and kind not in ROPE_SCALING:
         raise InputError(
@@ -143,12 +172,18 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def shard_names(index: Path) -> list[str]:
-    """The file names that an index lists, sorted, without folders. Raises InputError if it lists none."""
-    weight_map = read_json(index).get("weight_map")
-    is_map = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
-    if not is_map or not weight_map:
-        raise InputError(f"{index}: has no weight_map from tensors to files")
-    return [Path(name).name for name in sorted(set(weight_map.values()))]
+    """The file names that an index lists, sorted. Raises InputError if it lists none, or one outside its own folder."""
+    values = read_json(index)
+    check_fields(values, {"weight_map": OBJECT}, index)
+    weight_map = values["weight_map"]
+    check_fields(weight_map, dict.fromkeys(weight_map, TEXT), index)
+    if not weight_map:
+        raise InputError(f"{index}: its weight_map lists no tensors")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise InputError(f"{index}: weight_map names {name!r}; the name of a file beside it was expected")
+    return names
 
 
 def read_weights(files: list[Path]) -> dict[str, Tensor]:
@@ -158,28 +193,37 @@ def read_weights(files: list[Path]) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for file in tqdm(files, desc="reading", unit="file", disable=None):
-        if not file.is_file():
-            raise InputError(f"{file}: not found, though the index lists it; download the checkpoint again")
-        try:
+        check_regular(file)
+        if not file.exists():
+            raise InputError(f"{file}: not found, though the index lists it; {AGAIN}")
+        with blaming(f"{file}: truncated or damaged; {AGAIN}"):
             tensors |= read_tensors(file)
-        except InputError:
-            raise
-        except Exception as error:  # each format has its own errors for a damaged file
-            raise InputError(f"{file}: truncated or damaged ({first_line(error, 'empty file')})") from None
-    for tensor in tensors.values():
-        if not isinstance(tensor, Tensor):
-            raise InputError(f"{files[0]}: holds more than tensors; a plain state dict was expected")
     return tensors
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """{name: tensor} of one file, of either format."""
+    """{name: tensor} of one file, of either format. Raises InputError if it holds something else."""
     if file.suffix == ".safetensors":
         return load_file(file)
     zipped = zipfile.is_zipfile(file)  # as torch.save writes it since PyTorch 1.6; only this can be mapped
     if not zipped:
         check_memory(file.stat().st_size, "cpu", f"reading {file}")
-    return torch.load(file, mmap=zipped, weights_only=True, map_location="cpu")
+    try:
+        found = torch.load(file, mmap=zipped, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError:  # its message tells how to load the file without this safety
+        raise InputError(f"{file}: truncated or damaged, or holds more than tensors") from None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise InputError(f"{file}: holds no names and tensors; a plain state dict was expected")
+    return {name: plain(value, f"{file}: {shown(name)}") for name, value in found.items()}
+
+
+def plain(value: object, what: str) -> Tensor:
+    """The value, as a tensor that only has numbers. Raises InputError if it isn't one. what: its name in messages."""
+    if not isinstance(value, Tensor):
+        raise InputError(f"{what} is a {type(value).__name__}; a plain state dict of tensors was expected")
+    if value.layout != torch.strided or value.is_quantized or value.is_meta:
+        raise InputError(f"{what} is a sparse, quantized or empty tensor; a plain one was expected")
+    return value.detach()  # of older files, which hold nn.Parameters
 
 
 def plan(folder: Path, config: ModelConfig, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -307,9 +351,12 @@ def stack(folder: Path, names: list[str], theirs: dict[str, Tensor], result: Ten
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__)
+    p = Parser(description=__doc__)
     p.add_argument(
-        "--checkpoint_dir", type=Path, required=True, help="folder with config.json, the weights and the tokenizer"
+        "--checkpoint_dir",
+        type=filled_path,
+        required=True,
+        help="folder with config.json, the weights and the tokenizer",
     )
     args = p.parse_args()
     print(f"wrote {convert(args.checkpoint_dir)}")

@@ -16,15 +16,21 @@ Writes FILE.jsonl and FILE.csv, a row for each way to draft. An interrupted chec
 The exit code is 1 if the check fails.
 """
 
-import argparse
-import functools
 import sys
-from collections.abc import Callable, Sequence
-from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    from early import begin
+
+    begin()
+
+import argparse
+import functools
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -32,9 +38,9 @@ from tqdm import tqdm
 import tasks
 from checkpoint import load_model
 from command import check_writable, run_command
-from drafters import check_length
 from generate import Decoder, load
 from model import Transformer
+from values import filled
 
 P_VALUE = 1e-3  # a sampled check of the whole grid fails by chance this often
 
@@ -42,9 +48,8 @@ P_VALUE = 1e-3  # a sampled check of the whole grid fails by chance this often
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = tasks.parser(__doc__, [1, 2, 4, 6], num_prompts=16)
     tasks.add_ngram_options(p)
-    p.add_argument("--out", default="correctness", metavar="FILE", help="where to write, without suffix")
+    p.add_argument("--out", type=filled, default="correctness", metavar="FILE", help="where to write, without suffix")
     args = p.parse_args(argv)
-    check_length("ngram_k", args.ngram_k)
     check_writable("--out", f"{args.out}.jsonl")
     return args
 

@@ -12,6 +12,8 @@ if [ ! -f "$stamp" ]; then
     requirements=()
     for file in "$@"; do requirements+=(-r "$file"); done
     .venv/bin/python -m pip install --quiet --disable-pip-version-check "${requirements[@]}"
+    echo "building the CPU's kernels (half a minute)" >&2  # else the first command would wait for them
+    .venv/bin/python -c 'import command; from kernels import cpu; command.run_command(cpu.prepare)' || true
     touch "$stamp"
 fi
 export VIRTUAL_ENV=$root/.venv PATH=$root/.venv/bin:$PATH

@@ -11,40 +11,54 @@ FILE.text.csv and a plot, FILE.text.png. With --reference, the agreement is with
 example, compare a quantized checkpoint with the checkpoint that it was made from.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    from early import begin
+
+    begin()
+
 import argparse
 import json
 import math
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import tasks
-from command import InputError, check_writable, run_command
+from command import InputError, Parser, check_writable, run_command
 from drafters import check_precision
-from files import write_text
-from generate import CHECKPOINTS, Decoder, Sampling, load
-from model import Transformer
+from files import read_text, write_text
+from generate import CHECKPOINTS, DRAFT_LENGTH, Decoder, Sampling, load
+from model import SIZES, Transformer
 from tokenizer import Tokenizer
 from train import LayerSkipLoss, evaluate
+from train_options import MOST_BATCH
+from values import MOST, filled, filled_path, whole
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, checked. Raises InputError for values that don't work."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
         "--checkpoint_path",
-        type=Path,
+        type=filled_path,
         default=CHECKPOINTS / "demo" / "model.pth",
         help="default: the demo checkpoint",
     )
     p.add_argument(
-        "--out", default="eval", metavar="FILE", help="where to write, without suffix (default: %(default)s)"
+        "--out",
+        type=filled,
+        default="eval",
+        metavar="FILE",
+        help="where to write, without suffix (default: %(default)s)",
     )
-    p.add_argument("--batch_size", type=int, default=8, help="texts to score at once (default: %(default)s)")
+    p.add_argument(
+        "--batch_size", type=whole(1, MOST_BATCH), default=8, help="texts to score at once (default: %(default)s)"
+    )
     p.add_argument("--device", default=tasks.default_device(), help="default here: %(default)s")
     p.add_argument(
         "--precision",
@@ -61,20 +75,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def add_harness_options(g: argparse._ArgumentGroup) -> None:
     """What --tasks takes."""
     g.add_argument("--tasks", nargs="+", metavar="NAME", default=[], help="such as hellaswag arc_easy humaneval")
-    g.add_argument("--include_path", type=Path, metavar="DIR", help="folder with your own task descriptions (YAML)")
-    g.add_argument("--num_fewshot", type=int, help="solved examples before each question (default: the task's)")
-    g.add_argument("--limit", type=int, help="use only the first N examples of each task, to try things out")
-    g.add_argument("--exit_layer", type=int, help="layer that gives the log-likelihoods (default: the last layer)")
+    g.add_argument(
+        "--include_path", type=filled_path, metavar="DIR", help="folder with your own task descriptions (YAML)"
+    )
+    g.add_argument("--num_fewshot", type=whole(), help="solved examples before each question (default: the task's)")
+    g.add_argument("--limit", type=whole(1), help="use only the first N examples of each task, to try things out")
+    g.add_argument(
+        "--exit_layer", type=SIZES["n_layer"], help="layer that gives the log-likelihoods (default: the last layer)"
+    )
     g.add_argument(
         "--self_speculative",
         action="store_true",
         help="decode texts with self-speculation, which doesn't change their distribution",
     )
-    g.add_argument("--early_exit", type=int, help="draft with this many layers (default: a quarter of them)")
-    g.add_argument("--speculate_k", type=int, default=4, help="tokens to draft per round (default: %(default)s)")
+    g.add_argument(
+        "--early_exit", type=SIZES["n_layer"], help="draft with this many layers (default: a quarter of them)"
+    )
+    g.add_argument(
+        "--speculate_k", type=DRAFT_LENGTH, default=4, help="tokens to draft per round (default: %(default)s)"
+    )
     g.add_argument("--compile", action="store_true", help="compile decoding")
     g.add_argument(
-        "--max_gen_toks", type=int, help="largest number of tokens in a generated text (default: the task's)"
+        "--max_gen_toks", type=whole(1), help="largest number of tokens in a generated text (default: the task's)"
     )
     g.add_argument(
         "--run_code",
@@ -87,7 +109,10 @@ def add_harness_options(g: argparse._ArgumentGroup) -> None:
 def add_text_options(g: argparse._ArgumentGroup) -> None:
     """What --text takes."""
     g.add_argument(
-        "--text", type=Path, metavar="FILE", help="measure loss, perplexity and agreement of every exit on this text"
+        "--text",
+        type=filled_path,
+        metavar="FILE",
+        help="measure loss, perplexity and agreement of every exit on this text",
     )
     g.add_argument(
         "--draft_precision",
@@ -97,19 +122,19 @@ def add_text_options(g: argparse._ArgumentGroup) -> None:
     )
     g.add_argument(
         "--window",
-        type=int,
+        type=whole(1),
         default=512,
         help="tokens to score together, at most the context (default: %(default)s)",
     )
     g.add_argument(
         "--max_tokens",
-        type=int,
-        default=10**9,
+        type=whole(1),
+        default=MOST,
         help="score this many tokens of the text, in evenly spread windows (default: all)",
     )
     g.add_argument(
         "--reference",
-        type=Path,
+        type=filled_path,
         metavar="CHECKPOINT",
         help="model.pth whose last layer the exits must agree with (default: the checkpoint's own)",
     )
@@ -123,7 +148,6 @@ def check_options(args: argparse.Namespace) -> None:
         raise InputError("--early_exit is for --self_speculative: give both; --exit_layer is for log-likelihoods")
     if args.draft_precision and not args.text:
         raise InputError("--draft_precision is for --text: give both")
-    tasks.check_at_least(1, args, "batch_size", "window", "max_tokens", "limit", "max_gen_toks")
     tasks.check_machine(args.device)
     check_writable("--out", f"{args.out}.jsonl")
 
@@ -214,7 +238,7 @@ def score_text(args: argparse.Namespace, model: Transformer, tokenizer: Tokenize
 
     Raises InputError if the text can't be read or is too short, or --reference can't be compared.
     """
-    text = read_text(args.text)
+    text = read_text(args.text, pipes=True)
     ids = torch.tensor(tokenizer.encode(text))
     context = min(args.window, model.config.context)
     if len(ids) <= context:
@@ -252,15 +276,6 @@ def score_text(args: argparse.Namespace, model: Transformer, tokenizer: Tokenize
                 )
             )
     return count, rows
-
-
-def read_text(path: Path) -> str:
-    """The text of a file. Raises InputError if it can't be read or isn't UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise InputError(f"--text {path}: can't be read ({reason})") from None
 
 
 def load_reference(args: argparse.Namespace, tokenizer: Tokenizer) -> Transformer | None:

@@ -1,20 +1,26 @@
 """Write a checkpoint as a Hugging Face folder, so that transformers (and its assistant_early_exit) can run it."""
 
-import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    from early import begin
+
+    begin()
+
+from typing import Any
+
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from checkpoint import check_state, dtype_name, load_config, read_state, verified
-from command import InputError, run_command
+from command import InputError, Parser, run_command
 from convert_hf_checkpoint import tensor_names
 from files import new_folder, write_json
 from model import ModelConfig
 from tokenizer import Tokenizer
+from values import filled_path
 
 
 def export(path: str | Path, out: str | Path) -> Path:
@@ -80,9 +86,9 @@ def describe(config: ModelConfig) -> dict[str, Any]:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--checkpoint_path", type=Path, required=True, help="model.pth")
-    p.add_argument("--out", type=Path, required=True, help="folder to write")
+    p = Parser(description=__doc__)
+    p.add_argument("--checkpoint_path", type=filled_path, required=True, help="model.pth")
+    p.add_argument("--out", type=filled_path, required=True, help="folder to write")
     args = p.parse_args()
     print(f"wrote {export(args.checkpoint_path, args.out)}")
 

@@ -1,13 +1,18 @@
 """Draw the logs of training runs: loss and agreement of every exit, learning rate, tokens per second."""
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    from early import begin
+
+    begin()
+
 import tasks
-from command import InputError, check_writable, run_command
+from command import InputError, Parser, check_writable, run_command
 from train_log import Line, read_log
+from values import filled_path
 
 STYLES = ("-", "--", ":", "-.")  # of the first run, the second, and so on
 
@@ -56,9 +61,11 @@ def draw(runs: dict[str, list[Line]], path: Path) -> None:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("runs", type=Path, nargs="+", help="the --out folders of runs, at most four, or their logs")
-    p.add_argument("--out", type=Path, default=Path("training.png"), help="picture to write (default: %(default)s)")
+    p = Parser(description=__doc__)
+    p.add_argument("runs", type=filled_path, nargs="+", help="the --out folders of runs, at most four, or their logs")
+    p.add_argument(
+        "--out", type=filled_path, default=Path("training.png"), help="picture to write (default: %(default)s)"
+    )
     args = p.parse_args()
     if len(args.runs) > len(STYLES):
         raise InputError(f"{len(args.runs)} runs: at most {len(STYLES)} can be told apart in one picture")

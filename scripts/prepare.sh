@@ -19,7 +19,7 @@ fi
 
 folder=$1
 if [ ! -d "$folder" ]; then
-    "$python" "$here/download.py" "$1"
+    "$python" "$here/download.py" -- "$1"
     folder=$here/../checkpoints/$1
 fi
 "$python" "$here/convert_hf_checkpoint.py" --checkpoint_dir "$folder"

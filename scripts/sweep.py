@@ -8,17 +8,23 @@ timed rounds, in FILE.predicted.*. Only the three cells that look best are then 
 are compared on every cell that FILE.jsonl has.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    from early import begin
+
+    begin()
+
 import argparse
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -26,8 +32,9 @@ from tqdm import tqdm
 import tasks
 import tune
 from command import check_writable, run_command
-from generate import Decoder, Stats, acceptance, load, total_counts, total_rounds
+from generate import DRAFT_LENGTH, Decoder, Stats, acceptance, load, total_counts, total_rounds
 from tune import Build, Cell
+from values import filled, whole
 
 PREDICTED_CELLS = 3  # how many of the cells that look best --predict measures
 TIMED_REPEATS = 15  # how often --predict times a round
@@ -38,10 +45,10 @@ Prediction = dict[Cell, tuple[float, list[float]]]  # {cell: (speedup, accept co
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = tasks.parser(__doc__, [1, 2, 3, 4, 5, 6, 8])
-    p.add_argument("--repeats", type=int, default=1, help="timed passes over the prompts")
+    p.add_argument("--repeats", type=whole(1, tasks.MOST_REPEATS), default=1, help="timed passes over the prompts")
     p.add_argument("--predict", action="store_true", help="predict the grid, and measure only its three best cells")
-    p.add_argument("--timed_k", type=int, default=3, help="how many draft lengths --predict times")
-    p.add_argument("--out", default="sweep", metavar="FILE", help="where to write, without suffix")
+    p.add_argument("--timed_k", type=DRAFT_LENGTH, default=3, help="how many draft lengths --predict times")
+    p.add_argument("--out", type=filled, default="sweep", metavar="FILE", help="where to write, without suffix")
     p.add_argument(
         "--store",
         action=argparse.BooleanOptionalAction,
@@ -49,7 +56,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="keep the best setting beside the checkpoint",
     )
     args = p.parse_args(argv)
-    tasks.check_at_least(1, args, "repeats", "timed_k")
     check_writable("--out", f"{args.out}.png")
     return args
 

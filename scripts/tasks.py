@@ -7,7 +7,6 @@ import argparse
 import csv
 import itertools
 import json
-import os
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -23,12 +22,25 @@ import numpy as np
 import torch
 
 from checkpoint import dtype_name
-from command import InputError, add_threads, check_device, first_line, set_threads
+from command import InputError, Parser, add_threads, check_device, first_line
 from drafters import Drafter, SelfDrafter
-from files import append_line, drop_torn_line, locked, parse_json, read_text, replacing, write_json, write_text
-from generate import CHECKPOINTS, NGRAM_K, Decoder, Sampling
-from model import Transformer
+from files import (
+    append_line,
+    check_fields,
+    drop_torn_line,
+    locked,
+    parse_json,
+    read_lines,
+    read_text,
+    replacing,
+    write_json,
+    write_text,
+)
+from generate import CHECKPOINTS, DRAFT_LENGTH, MOST_SEED, NGRAM_K, Decoder, Sampling
+from model import SIZES, Transformer
 from tokenizer import Tokenizer
+from tp import world_size
+from values import NOTHING, TEXT, filled, filled_path, real, whole
 
 if TYPE_CHECKING:
     import datasets
@@ -40,6 +52,7 @@ LM_WORDS = 100  # how many words of an article are the prompt of cnn_dm_lm
 ROUGE = ("rouge1", "rouge2", "rougeL")
 SCORES = (*ROUGE, "bleu", "exact_match", "edit_distance")
 BOOTSTRAP_DRAWS = 2000
+MOST_REPEATS = 10**4  # of all prompts: what is left to do is a list in memory
 
 Row = dict[str, Any]  # a row of a table of results, as JSON can hold it
 
@@ -206,30 +219,13 @@ def read_jsonl(path: str | Path) -> list[Example]:
 
     Raises InputError if it can't be read, is empty, or has another line.
     """
-    try:
-        # Not splitlines: it also cuts at other characters, which a JSON string may hold.
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--task {path}: can't be read ({getattr(error, 'strerror', None) or error})") from None
     examples = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            examples.append(parse_example(line, f"--task {path}, line {number}"))
+    for where, row in read_lines(path):
+        check_fields(row, {"prompt": TEXT, "reference": TEXT | NOTHING}, where)
+        examples.append(Example(row["prompt"], row.get("reference")))
     if not examples:
         raise InputError(f"--task {path}: is empty")
     return examples
-
-
-def parse_example(line: str, where: str) -> Example:
-    """The Example in a line of JSON. where: how an error message names the line."""
-    try:
-        row = json.loads(line)
-        example = Example(row["prompt"], row.get("reference"))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{where}: not a JSON object with a 'prompt'") from None
-    if not isinstance(example.prompt, str) or not isinstance(example.reference, str | None):
-        raise InputError(f"{where}: 'prompt' and 'reference' must be texts")
-    return example
 
 
 def score(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -270,7 +266,7 @@ def parser(
 
     ks: default draft lengths. exits: the default exit layers, in words for --help. num_prompts: the default.
     """
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_task_options(p.add_argument_group("what to decode"), num_prompts)
     add_decoding_options(p.add_argument_group("how to decode"), ks, exits)
     return p
@@ -280,33 +276,47 @@ def add_task_options(g: argparse._ArgumentGroup, num_prompts: int) -> None:
     """The checkpoint, the prompts, and how many tokens to decode."""
     g.add_argument(
         "--checkpoint_path",
-        type=Path,
+        type=filled_path,
         default=CHECKPOINTS / "demo" / "model.pth",
         help="model.pth of a prepared checkpoint",
     )
     g.add_argument(
         "--task",
+        type=filled,
         default=str(CHECKPOINTS / "demo" / "prompts.jsonl"),
         help=f"{', '.join(TASKS)}, or a JSONL file with a `prompt` and perhaps a `reference` in each line",
     )
     g.add_argument(
         "--data_dir",
-        type=Path,
+        type=filled_path,
         help="read the task's splits from parquet, JSONL or CSV files in this folder, not from the hub",
     )
-    g.add_argument("--n_shot", type=int, default=0, help="put this many solved examples before each prompt")
+    g.add_argument("--n_shot", type=whole(), default=0, help="put this many solved examples before each prompt")
     g.add_argument(
-        "--num_prompts", type=int, default=num_prompts, help="use the first N prompts that fit into the context"
+        "--num_prompts", type=whole(1), default=num_prompts, help="use the first N prompts that fit into the context"
     )
     g.add_argument(
-        "--max_new_tokens", type=int, default=256, help="decode this many tokens per prompt, even beyond an EOS token"
+        "--max_new_tokens",
+        type=whole(2),
+        default=256,
+        help="decode this many tokens per prompt, even beyond an EOS token",
     )
 
 
 def add_decoding_options(g: argparse._ArgumentGroup, ks: list[int], exits: str) -> None:
     """Speculation, sampling, and how to compute."""
-    g.add_argument("--early_exit", "--exit_layer", type=int, nargs="+", help=f"exit layers to try; None means {exits}")
-    g.add_argument("--speculate_k", "--num_speculations", type=int, nargs="+", default=ks, help="draft lengths to try")
+    layer = SIZES["n_layer"]
+    g.add_argument(
+        "--early_exit", "--exit_layer", type=layer, nargs="+", help=f"exit layers to try; None means {exits}"
+    )
+    g.add_argument(
+        "--speculate_k",
+        "--num_speculations",
+        type=DRAFT_LENGTH,
+        nargs="+",
+        default=ks,
+        help="draft lengths to try",
+    )
     g.add_argument(
         "--draft_precision",
         nargs="+",
@@ -314,12 +324,15 @@ def add_decoding_options(g: argparse._ArgumentGroup, ks: list[int], exits: str) 
         default=["same"],
         help="draft with the layers themselves, or with copies of them in int8 or int4, which may have all layers",
     )
-    g.add_argument("--temperature", type=float, default=0.0, help="0: always take the most likely token")
-    g.add_argument("--top_k", type=int, help="draw only from the k most likely tokens")
+    g.add_argument("--temperature", type=real(), default=0.0, help="0: always take the most likely token")
+    g.add_argument("--top_k", type=whole(1), help="draw only from the k most likely tokens")
     g.add_argument(
-        "--top_p", type=float, default=1.0, help="draw from the most likely tokens that together have this probability"
+        "--top_p",
+        type=real(0, 1),
+        default=1.0,
+        help="draw from the most likely tokens that together have this probability",
     )
-    g.add_argument("--seed", type=int, default=0, help="the same seed gives the same texts")
+    g.add_argument("--seed", type=whole(0, MOST_SEED), default=0, help="the same seed gives the same texts")
     g.add_argument(
         "--draft_head",
         choices=["int8", "full"],
@@ -341,7 +354,7 @@ def add_ngram_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--draft", choices=["ngram"], help="take n-gram drafts too: alone, and in front of every other setting"
     )
-    p.add_argument("--ngram_k", type=int, default=NGRAM_K, help="length of n-gram drafts")
+    p.add_argument("--ngram_k", type=DRAFT_LENGTH, default=NGRAM_K, help="length of n-gram drafts")
 
 
 def default_device() -> str:
@@ -352,29 +365,17 @@ def default_device() -> str:
 def check(args: argparse.Namespace) -> None:
     """Raise InputError if a shared option has a value that doesn't work."""
     check_machine(args.device)
-    set_threads(args.threads)
-    check_at_least(1, args, "num_prompts")
-    check_at_least(2, args, "max_new_tokens")
-    check_at_least(0, args, "n_shot")
+    torch.set_num_threads(args.threads)
     sampling(args)
 
 
 def check_machine(device: str) -> None:
     """Raise InputError unless this is the only process and can compute on the device."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if (size := world_size()) > 1:
         raise InputError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the measuring scripts are for one process: "
-            "start them without torchrun"
+            f"WORLD_SIZE is {size}, but the measuring scripts are for one process: start them without torchrun"
         )
     check_device(device)
-
-
-def check_at_least(least: int, args: argparse.Namespace, *names: str) -> None:
-    """Raise InputError if one of the named options is given and is less than `least`."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name} {value}: must be {least} or more")
 
 
 def sampling(args: argparse.Namespace) -> Sampling:
@@ -555,9 +556,9 @@ class Results:
 
     def read(self, path: Path) -> list[Row]:
         """The lines of a file that are whole, at least one. Raises InputError if there are none, or one isn't JSON."""
-        whole = read_text(path).rpartition("\n")[0]
+        complete = read_text(path).rpartition("\n")[0]
         try:
-            lines = [parse_json(line) for line in whole.split("\n")]
+            lines = [parse_json(line) for line in complete.split("\n")]
             if not all(isinstance(line, dict) for line in lines):
                 raise ValueError("a line is no JSON object")
             return lines
@@ -565,6 +566,7 @@ class Results:
             raise InputError(
                 f"--out {self.out}: {path} is not a file of results ({error}); delete it or name another"
             ) from None
+        return lines
 
     def by(self, *columns: str) -> dict[Any, Row]:
         """{values in these columns: row}. Raises InputError if a row lacks one of them."""

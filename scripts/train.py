@@ -7,21 +7,27 @@ checkpoint folder that generate.py reads, and a table of the loss and the agreem
 
 # The options are in train_options.py.
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    from early import begin
+
+    begin()
+
 import argparse
 import io
 import math
 import shutil
 import signal
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -39,8 +45,8 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from checkpoint import check_records, load_model, read_state, save_checkpoint, save_tensors
-from command import InputError
+from checkpoint import check_records, count_parameters, load_model, read_state, save_checkpoint, save_tensors
+from command import InputError, Parser, check_memory
 from data import Sources, is_held_out, load, pack, window
 from files import locked, replacing
 from model import ModelConfig, Transformer
@@ -353,6 +359,8 @@ def load_data(
 
 # The model: a new one, or one made from a checkpoint's layers.
 
+STATE_BYTES = 16  # of a parameter in training: itself, its gradient, and AdamW's two averages
+
 
 def initialize(model: Transformer) -> None:
     """Random weights, as GPT-2 has them. The matrices whose results are added to the hidden state start smaller."""
@@ -383,6 +391,7 @@ def new_model(args: argparse.Namespace, tokenizer: Tokenizer) -> Transformer:
         bos_id=tokenizer.bos_id,
         eos_ids=eos_ids,
     )
+    check_memory(STATE_BYTES * count_parameters(config), "cpu", "a model of this size")
     model = Transformer(config)
     initialize(model)
     return model
@@ -728,10 +737,10 @@ def compute_gradients(
     keep = schedule.keep(step)  # (L, B)
     weights = schedule.weights(step)  # (L,)
     count = schedule.args.accumulate
+    pieces = batch.chunk(count)
+    kept = keep[:, data.rows].chunk(count, dim=1)
     results = []
-    for number, (piece, own) in enumerate(
-        zip(batch.chunk(count), keep[:, data.rows].chunk(count, dim=1), strict=True), 1
-    ):
+    for number, (piece, own) in enumerate(zip(pieces, kept, strict=True), 1):
         called = own.any(1)  # (L,)
         if schedule.args.fsdp:
             called = keep.any(1)
@@ -756,11 +765,18 @@ def synchronized(parallel: nn.Module, last: bool) -> Iterator[None]:
     yield
 
 
+def check_finite(step: int, loss: float, norm: float) -> None:
+    """Raise InputError, before it is taken, for a step whose loss or gradient's norm is not finite."""
+    for what, value in (("the loss", loss), ("the norm of the gradient", norm)):
+        if not math.isfinite(value):
+            raise InputError(f"step {step}: {what} is {value}; lower --lr. What was saved before this step is kept")
+
+
 def train(args: argparse.Namespace) -> list[float]:
     """Run the training that the options describe. Returns the loss J of each step that this call ran.
 
-    Raises InputError for options that don't work, and if the loss is not finite. Ends the process with exit code 1
-    after SIGINT or SIGTERM.
+    Raises InputError for options that don't work, and if a step's loss or gradient is not finite. Ends the process with
+    exit code 1 after SIGINT or SIGTERM.
     """
     shard = start()
     check_args(args, shard.size)
@@ -792,12 +808,11 @@ def train_in_folder(args: argparse.Namespace, shard: Shard) -> list[float]:
             loss, losses = compute_gradients(parallel, data, schedule, step, autocast)
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
             rate = schedule.learning_rate(step)
-            optimizer_step(optimizers, rate)
             step += 1
+            check_finite(step, loss.item(), norm.item())
+            optimizer_step(optimizers, rate)
             history.append(loss.item())
-            if not math.isfinite(history[-1]):
-                raise InputError(f"the loss is {history[-1]} at step {step}: lower --lr")
-            report.step(step, losses, learning_rate=rate, gradient_norm=float(norm))
+            report.step(step, losses, learning_rate=rate, gradient_norm=norm.item())
             if is_due(step, args.save_every):
                 train_state.save(step)
     train_state.save(step)  # also at the end, so that nothing is lost if the last validation fails
@@ -820,7 +835,7 @@ def train_in_folder(args: argparse.Namespace, shard: Shard) -> list[float]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The options as given; `train` checks them."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add_options(parser)
     return parser.parse_args(argv)
 

@@ -1,7 +1,6 @@
 """The options of train.py, and what is checked before a training run begins."""
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -9,7 +8,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from command import InputError, check_device, usable_threads
+from model import SIZES
 from tokenizer import Tokenizer
+from values import filled, filled_path, real, whole
+
+MOST_BATCH = 2**16  # texts at once
+POSITIVE = real(1e-12)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +30,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
     add(
         "--data",
+        type=filled,
         nargs="+",
         required=True,
         help="text files, JSONL and parquet files, folders of these, and datasets of the hub: "
@@ -37,34 +42,67 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         help="in folders, take the files whose names match this pattern (default: %(default)s)",
     )
     add("--exclude", nargs="*", default=[], help="leave out files whose path below the folder matches a pattern")
-    add("--column", default="text", help="of tables and datasets, where the text is (default: %(default)s)")
-    add("--template", help='what makes the text of a row instead, such as "{question}\n{answer}"')
-    add("--split", default="train", help="of datasets of the hub (default: %(default)s)")
-    add("--val_fraction", type=float, default=0.03, help="share of texts kept for validation (default: %(default)s)")
-    add("--packed", type=Path, help="folder for the texts' token ids, which other runs may use too (default: in --out)")
-    add("--workers", type=int, default=usable_threads(), help="processes that encode the texts (default: %(default)s)")
-    add("--tokenizer", type=Path, help="folder with a tokenizer (default: the checkpoint's, or a new one is trained)")
-    add("--vocab_size", type=int, default=4096, help="tokens of a new tokenizer (default: %(default)s)")
+    add(
+        "--column",
+        type=filled,
+        default="text",
+        help="of tables and datasets, where the text is (default: %(default)s)",
+    )
+    add("--template", type=filled, help='what makes the text of a row instead, such as "{question}\n{answer}"')
+    add("--split", type=filled, default="train", help="of datasets of the hub (default: %(default)s)")
+    add(
+        "--packed",
+        type=filled_path,
+        help="folder for the texts' token ids, which other runs may use too (default: in --out)",
+    )
+    add(
+        "--workers",
+        type=whole(1, 1024),
+        default=usable_threads(),
+        help="processes that encode the texts (default: %(default)s)",
+    )
+    add(
+        "--val_fraction",
+        type=real(1e-4, 0.9),
+        default=0.03,
+        help="share of files kept for validation (default: %(default)s)",
+    )
+    add(
+        "--tokenizer",
+        type=filled_path,
+        help="folder with a tokenizer (default: the checkpoint's, or a new one is trained)",
+    )
+    add("--vocab_size", type=whole(1, 2**20), default=4096, help="tokens of a new tokenizer (default: %(default)s)")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The model: which checkpoint, or how large a new one is."""
     add = parser.add_argument_group("model").add_argument
-    add("--checkpoint_path", type=Path, help="model.pth to train further (default: train a new model)")
+    add("--checkpoint_path", type=filled_path, help="model.pth to train further (default: train a new model)")
     add(
         "--layers",
-        type=int,
+        type=whole(0, 10_000),
         nargs="+",
         metavar="N",
         help="build the model from these layers of the checkpoint, in this order; layers count from 1, "
         "0 is a new layer that at first changes nothing",
     )
-    add("--n_layer", type=int, default=12, help="layers of a new model (default: %(default)s)")
-    add("--dim", type=int, default=320, help="width of a new model (default: %(default)s)")
-    add("--n_head", type=int, default=5, help="query heads of a new model (default: %(default)s)")
-    add("--n_kv_head", type=int, help="key/value heads of a new model (default: as many as --n_head)")
-    add("--intermediate_size", type=int, default=832, help="a new model's feed-forward width (default: %(default)s)")
-    add("--context", type=int, default=512, help="tokens per example, and a new model's context (default: %(default)s)")
+    add("--n_layer", type=SIZES["n_layer"], default=12, help="layers of a new model (default: %(default)s)")
+    add("--dim", type=SIZES["dim"], default=320, help="width of a new model (default: %(default)s)")
+    add("--n_head", type=SIZES["n_head"], default=5, help="query heads of a new model (default: %(default)s)")
+    add("--n_kv_head", type=SIZES["n_kv_head"], help="key/value heads of a new model (default: as many as --n_head)")
+    add(
+        "--intermediate_size",
+        type=SIZES["intermediate_size"],
+        default=832,
+        help="a new model's feed-forward width (default: %(default)s)",
+    )
+    add(
+        "--context",
+        type=whole(1, 2**22),
+        default=512,
+        help="tokens per example, and a new model's context (default: %(default)s)",
+    )
     add(
         "--untied",
         action="store_true",
@@ -77,14 +115,14 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("recipe").add_argument
     add(
         "--max_dropout",
-        type=float,
+        type=real(0, 1),
         default=0.1,
         help="p_max: how often the last layer is skipped (default: %(default)s)",
     )
-    add("--exit_scale", type=float, default=1.0, help="e_scale: weight of the early exits (default: %(default)s)")
+    add("--exit_scale", type=real(), default=1.0, help="e_scale: weight of the early exits (default: %(default)s)")
     add(
         "--exit_power",
-        type=float,
+        type=real(-100, 100),
         help="weight of an early exit: --exit_scale * (layer number)^this; the last has 1 (default: as in the paper)",
     )
     add(
@@ -93,17 +131,27 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         default="rotational",
         help="which exits are in the loss at a step (default: %(default)s)",
     )
-    add("--rotation", type=int, default=4, help="R: rotational takes every R-th exit at a step (default: %(default)s)")
+    add(
+        "--rotation",
+        type=whole(1),
+        default=4,
+        help="R: rotational takes every R-th exit at a step (default: %(default)s)",
+    )
 
 
 def add_optimization_options(parser: argparse.ArgumentParser) -> None:
     """Steps, batches and the optimizer."""
     add = parser.add_argument_group("optimization").add_argument
-    add("--steps", type=int, default=4000, help="steps of the whole run (default: %(default)s)")
-    add("--batch_size", type=int, default=8, help="examples per step, over all processes (default: %(default)s)")
+    add("--steps", type=whole(1), default=4000, help="steps of the whole run (default: %(default)s)")
+    add(
+        "--batch_size",
+        type=whole(1, MOST_BATCH),
+        default=8,
+        help="examples per step, over all processes (default: %(default)s)",
+    )
     add(
         "--accumulate",
-        type=int,
+        type=whole(1, MOST_BATCH),
         default=1,
         help="compute a process's part of a batch in this many pieces, one after the other (default: %(default)s)",
     )
@@ -118,11 +166,11 @@ def add_optimization_options(parser: argparse.ArgumentParser) -> None:
         default="adamw",
         help="muon is for the layers' matrices only; adamw trains the rest (default: %(default)s)",
     )
-    add("--lr", type=float, default=2e-3, help="highest learning rate; it ends at a tenth (default: %(default)s)")
-    add("--warmup", type=int, default=100, help="steps until the learning rate is highest (default: %(default)s)")
-    add("--weight_decay", type=float, default=0.1, help="weight decay of the matrices (default: %(default)s)")
-    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
-    add("--seed", type=int, default=0, help="the same seed gives the same run (default: %(default)s)")
+    add("--lr", type=POSITIVE, default=2e-3, help="highest learning rate; it ends at a tenth (default: %(default)s)")
+    add("--warmup", type=whole(), default=100, help="steps until the learning rate is highest (default: %(default)s)")
+    add("--weight_decay", type=real(), default=0.1, help="weight decay of the matrices (default: %(default)s)")
+    add("--grad_clip", type=POSITIVE, default=1.0, help="largest norm of the gradient (default: %(default)s)")
+    add("--seed", type=whole(0, 2**40), default=0, help="the same seed gives the same run (default: %(default)s)")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -130,14 +178,25 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
     dtypes = ["bfloat16", "float32"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--out", type=Path, required=True, help="checkpoint folder to write")
+    add("--out", type=filled_path, required=True, help="checkpoint folder to write")
     add("--resume", action="store_true", help="continue the interrupted run in --out, with the same settings")
-    add("--save_every", type=int, default=500, help="steps between saved states; 0: none (default: %(default)s)")
-    add("--eval_every", type=int, default=500, help="steps between validations; 0: none (default: %(default)s)")
-    add("--eval_tokens", type=int, default=20_000, help="tokens to use in those validations (default: %(default)s)")
-    add("--log_every", type=int, default=10, help="steps between lines in train_log.jsonl (default: %(default)s)")
+    add("--save_every", type=whole(), default=500, help="steps between saved states; 0: none (default: %(default)s)")
+    add("--eval_every", type=whole(), default=500, help="steps between validations; 0: none (default: %(default)s)")
+    add(
+        "--eval_tokens", type=whole(1), default=20_000, help="tokens to use in those validations (default: %(default)s)"
+    )
+    add(
+        "--exit_layer",
+        type=SIZES["n_layer"],
+        help="exit whose loss is shown during the run (default: a quarter of the layers)",
+    )
+    add(
+        "--log_every",
+        type=whole(1),
+        default=10,
+        help="steps between lines in train_log.jsonl (default: %(default)s)",
+    )
     add("--tensorboard", action="store_true", help="write the log's numbers for TensorBoard too, to --out/tensorboard")
-    add("--exit_layer", type=int, help="exit whose loss is shown during the run (default: a quarter of the layers)")
     add("--device", default=device, help="such as cpu or cuda (default here: %(default)s)")
     add("--precision", choices=dtypes, help="of products; weights stay float32 (default: bfloat16 if it is fast)")
     add("--save_precision", choices=dtypes, default="bfloat16", help="of model.pth (default: %(default)s)")
@@ -145,41 +204,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--fsdp", action="store_true", help="under torchrun: each process holds a part of the model (FSDP2)")
 
 
-RANGES = {  # option: (smallest, largest value)
-    "steps": (1, math.inf),
-    "batch_size": (1, math.inf),
-    "context": (1, math.inf),
-    "n_layer": (1, math.inf),
-    "n_head": (1, math.inf),
-    "intermediate_size": (1, math.inf),
-    "rotation": (1, math.inf),
-    "vocab_size": (1, math.inf),
-    "workers": (1, 1024),
-    "log_every": (1, math.inf),
-    "accumulate": (1, math.inf),
-    "warmup": (0, math.inf),
-    "save_every": (0, math.inf),
-    "eval_every": (0, math.inf),
-    "weight_decay": (0, math.inf),
-    "exit_scale": (0, math.inf),
-    "seed": (0, 2**40),
-    "max_dropout": (0, 1),
-    "val_fraction": (1e-4, 0.9),
-    "lr": (1e-12, math.inf),
-    "grad_clip": (1e-12, math.inf),
-    "eval_tokens": (1, math.inf),
-}
-
-
 def check_args(args: argparse.Namespace, world_size: int) -> None:
     """Raise InputError for the first option that doesn't work. world_size: the number of processes."""
-    for name, (low, high) in RANGES.items():
-        value = getattr(args, name)
-        if not low <= value <= high:  # also where it is NaN
-            raise InputError(f"--{name} {value}: must be {low} to {high}")
-    if args.dim < 1 or args.dim % (2 * args.n_head):
+    if args.dim % (2 * args.n_head):
         raise InputError(f"--dim {args.dim}: must be an even multiple of --n_head {args.n_head}")
-    if args.n_kv_head is not None and (args.n_kv_head < 1 or args.n_head % args.n_kv_head):
+    if args.n_kv_head is not None and args.n_head % args.n_kv_head:
         raise InputError(f"--n_kv_head {args.n_kv_head}: must divide --n_head {args.n_head}")
     if args.fsdp and world_size == 1:
         raise InputError("--fsdp: needs several processes, which torchrun starts")

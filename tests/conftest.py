@@ -2,7 +2,9 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,11 +23,13 @@ LONGEST = [
     "test_smollm2",
     "test_generate",
     "test_train",
+    "test_torchrun",
     "test_measure",
     "test_scripts",
+    "test_hub",
     "test_drafters",
     "test_folders",
-    "test_sm90",
+    "test_architectures",
     "test_quantize",
     "test_kernels",
 ]
@@ -161,8 +165,9 @@ def call(main, *args, input=""):
     """Run a command's `main` in this process, which saves a start-up of seconds; the result as of subprocess.run."""
     from command import run_command
 
-    code, before = None, signal.getsignal(signal.SIGTERM)
+    code, before = None, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warnings, "formatwarning", warnings.formatwarning)  # which a command sets
         patch.setattr(sys, "argv", [main.__module__, *map(str, args)])
         for name, text in dict(stdin=input, stdout="", stderr="").items():
             data = io.BytesIO(text if isinstance(text, bytes) else text.encode())
@@ -172,11 +177,41 @@ def call(main, *args, input=""):
         except SystemExit as end:
             code = end.code
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
         stdout, stderr = (stream.buffer.getvalue().decode() for stream in (sys.stdout, sys.stderr))
     if isinstance(code, str):  # as Python ends then
         code, stderr = 1, f"{stderr}{code}\n"
     return SimpleNamespace(returncode=code or 0, stdout=stdout, stderr=stderr)
+
+
+FORKING = """
+import multiprocessing.util
+import sys
+sys.path[:0] = {paths}
+import {module}
+from torch.distributed.run import main
+multiprocessing.util._close_stdin = lambda: None  # else no forked process has an input
+main(["--start-method=fork", "--run-path", *sys.argv[1:]])
+"""
+
+
+def torchrun(n, *command, forking=None, threads=1, **how):
+    """`torchrun --nproc_per_node=n command`, as a Popen with pipes. forking: the name of a module that torchrun imports
+    once; its processes are forked, which saves each of them a start-up of seconds.
+    """
+    launcher = ["-m", "torch.distributed.run"]
+    if forking:
+        launcher = ["-c", FORKING.format(paths=[str(ROOT), str(ROOT / "scripts")], module=forking)]
+    return subprocess.Popen(
+        [sys.executable, *launcher, "--standalone", f"--nproc_per_node={n}", *map(str, command)],
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **how,
+    )
 
 
 def edit_json(path, **changes):

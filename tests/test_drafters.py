@@ -282,7 +282,7 @@ def test_bad_settings_are_refused(how, message):
         (["--draft_precision", "int8"], "--draft_precision is for --self_speculative"),
         (["--ngram_k", "3"], "--ngram_k is for --draft ngram"),
         (["--draft", "ngram", "--speculate_k", "3"], "the length of n-gram drafts is --ngram_k"),
-        (["--draft", "ngram", "--ngram_k", "0"], "--ngram_k 0: must be 1 to 15"),
+        (["--draft", "ngram", "--ngram_k", "0"], "--ngram_k 0: must be a whole number from 1 to 15"),
     ],
 )
 def test_options_without_their_drafter_are_refused(args, message):

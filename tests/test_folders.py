@@ -289,7 +289,7 @@ def test_prompts_from_files_are_taken_as_they_are(chat_folder, tmp_path):
         (["--prompt_file", "-", "--prompt", "x"], b"", "both name a prompt"),
         (["--chat"], b"", "--chat: needs --prompt TEXT"),
         (["--system", "x", "--prompt", "x"], b"", "--system is for --chat"),
-        (["--stop_token_ids", "-1"], b"", "ids are 0 or more"),
+        (["--stop_token_ids", "-1"], b"", "--stop_token_ids -1: must be a whole number from 0"),
     ):
         result = command(chat_folder, *args, input=given)
         assert result.returncode == 1 and words in result.stderr and result.stderr.count("\n") == 1

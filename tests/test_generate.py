@@ -420,7 +420,7 @@ def test_threads_are_no_more_than_the_quota_and_what_the_option_says(monkeypatch
     generate.parse_args(["--threads", "1"])
     assert torch.get_num_threads() == 1
     for wrong in ("0", "-1", "1025"):
-        with pytest.raises(InputError, match=f"--threads {wrong}: must be 1 to 1024"):
+        with pytest.raises(InputError, match=f"--threads {wrong}: must be a whole number from 1 to 1024"):
             generate.parse_args(["--threads", wrong])
 
 
@@ -833,14 +833,17 @@ def test_interactive_goes_on_after_a_bad_prompt(checkpoint):
 
 BAD = {
     "no checkpoint": (["--checkpoint_path", "nowhere/model.pth"], "nowhere/model.pth: not found"),
-    "exit layer 0": (["--self_speculative", "--early_exit", "0"], "--early_exit 0: the model has 4 layers"),
+    "exit layer 0": (
+        ["--self_speculative", "--early_exit", "0"],
+        "--early_exit/--exit_layer 0: must be a whole number from 1",
+    ),
     "exit layer 4": (["--self_speculative", "--early_exit", "4"], "--early_exit 4: the model has 4 layers"),
     "exit layer alone": (["--early_exit", "2"], "--early_exit is for --self_speculative"),
-    "k 0": (["--self_speculative", "--early_exit", "2", "--speculate_k", "0"], "--speculate_k 0"),
+    "k 0": (["--self_speculative", "--early_exit", "2", "--speculate_k", "0"], "--speculate_k/--num_speculations 0"),
     "temperature": (["--temperature", "-1"], "--temperature -1"),
     "temperature that nothing can be divided by": (["--temperature", "1e-40"], "--temperature 1e-40: must be 0"),
     "top_p": (["--top_p", "1.5"], "--top_p 1.5"),
-    "empty json": (["--json", ""], "--json: is empty"),
+    "empty json": (["--json", ""], "--json is empty"),
     "top_k": (["--top_k", "0"], "--top_k 0"),
     "samples": (["--num_samples", "0"], "--num_samples 0"),
     "long prompt": (["--prompt", "x " * 500], "there is room for 128"),
@@ -850,7 +853,10 @@ BAD = {
     "unwritable json": (["--json", "/nowhere/report.json"], "--json /nowhere/report.json"),
     "profile is a folder": (["--profile", "/tmp"], "--profile /tmp"),
     "empty stop": (["--stop", ""], "--stop"),
-    "k 16": (["--self_speculative", "--early_exit", "2", "--speculate_k", "16"], "--speculate_k 16: must be 1 to 15"),
+    "k 16": (
+        ["--self_speculative", "--early_exit", "2", "--speculate_k", "16"],
+        "--num_speculations 16: must be a whole number from 1 to 15",
+    ),
     "not Unicode": (["--prompt", "\udcff"], "not valid UTF-8"),
     "contradiction": (["--self_speculative", "--generation_strategy", "autoregressive"], "contradict"),
 }

@@ -94,8 +94,8 @@ def test_shots_of_a_task_without_training_data_are_not_asked_for(tmp_path):
         (dict(name="humaneval"), "is neither a .jsonl file nor one of cnn_dm_summarization"),
         (dict(name="missing.jsonl"), "can't be read"),
         (dict(name="empty.jsonl"), "is empty"),
-        (dict(name="field.jsonl"), "line 2: not a JSON object with a 'prompt'"),
-        (dict(name="kind.jsonl"), "line 1: 'prompt' and 'reference' must be texts"),
+        (dict(name="field.jsonl"), "line 2: field prompt is missing"),
+        (dict(name="kind.jsonl"), "line 1: prompt is 3; a text was expected"),
         (dict(name="good.jsonl", n_shot=2), "has only 2 examples to draw from"),
         (dict(name="bare.jsonl", n_shot=1), "has no reference to show"),
         (dict(name="human_eval", data_dir="."), "has no test*.parquet"),
@@ -309,7 +309,7 @@ def test_sweep_goes_on_after_an_interrupt_and_auto_takes_what_it_stored(
     generate.main(command + ["--temperature", "0.5"])  # nothing is stored for sampling
     assert "(calibrated, " in capsys.readouterr().out
     (tmp_path / "c" / "model.tune.json").write_text("[1]")
-    with pytest.raises(InputError, match="not the settings that scripts/sweep.py writes"):
+    with pytest.raises(InputError, match="entry 1: not a JSON object; scripts/sweep.py writes it"):
         generate.main(command)
 
 
@@ -492,13 +492,13 @@ def test_sweep_predicts_the_demo_checkpoint(tmp_path, capsys):
     "more,words",
     [
         (["--early_exit", "4"], "--early_exit 4: the model has 4 layers, so 1 to 3 can be drafted with"),
-        (["--early_exit", "0", "1"], "--early_exit 0: the model has 4 layers, so 1 to 3 can be drafted with"),
+        (["--early_exit", "0", "1"], "--early_exit/--exit_layer 0: must be a whole number from 1"),
         (
             ["--early_exit", "5", "--draft_precision", "int8"],
             "--early_exit 5: the model has 4 layers, so 1 to 4 can be drafted with",
         ),
-        (["--repeats", "0"], "--repeats 0: must be 1 or more"),
-        (["--num_prompts", "0"], "--num_prompts 0: must be 1 or more"),
+        (["--repeats", "0"], "--repeats 0: must be a whole number from 1"),
+        (["--num_prompts", "0"], "--num_prompts 0: must be a whole number from 1"),
         (["--max_new_tokens", "128"], "no prompt leaves room for 128 new tokens in the context of 128"),
         (["--out", "/nowhere/x"], "--out /nowhere/x.png: can't be written"),
         (["--task", "nonsense"], "--task nonsense: is neither"),
@@ -933,10 +933,10 @@ def test_evaluation_of_a_text_at_every_exit_of_a_copy(bpe_folder, tmp_path):
             "--early_exit 4: the model has 4 layers",
         ),
         (["--tasks", "local_text", "--max_gen_toks", "128"], "generates 128 tokens, but the context is 128"),
-        (["--text", "missing.txt"], "--text missing.txt: can't be read"),
+        (["--text", "missing.txt"], "missing.txt: can't be read"),
         (["--text", "short.txt"], "more than the window of 128 are needed"),
         (["--text", "long.txt", "--reference", DEMO], "has another tokenizer"),
-        (["--tasks", "local_text", "--limit", "0"], "--limit 0: must be 1 or more"),
+        (["--tasks", "local_text", "--limit", "0"], "--limit 0: must be a whole number from 1"),
         (["--tasks", "local_text", "--draft_precision", "int8"], "--draft_precision is for --text"),
     ],
 )

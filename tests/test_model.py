@@ -162,21 +162,21 @@ BAD_CONFIG = {
         dict(rope_parameters=None, rope_scaling=dict(type="dynamic", factor=2.0)),
         "'dynamic' is not supported",
     ),
-    "rope without its number": (dict(rope_parameters=None, rope_scaling=dict(type="linear")), "with positive factor"),
+    "rope without its number": (dict(rope_parameters=None, rope_scaling=dict(type="linear")), "with factor a number"),
     "part of a head": (
         dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)),
         "partial_rotary_factor",
     ),
     "field": (dict(hidden_size=None), "hidden_size"),
-    "text for a number": (dict(num_hidden_layers="4"), "n_layer = '4'"),
+    "text for a number": (dict(num_hidden_layers="4"), "num_hidden_layers is '4'"),
     "odd head": (dict(head_dim=15), "head_dim = 15"),
     "heads": (dict(num_key_value_heads=3), "3 key/value heads"),
     "shape": (dict(intermediate_size=80), "layers.0.ffn"),
     "layers": (dict(num_hidden_layers=5), "model.layers.4"),
     "fewer layers": (dict(num_hidden_layers=3), "model.layers.3.input_layernorm.weight is not part of"),
-    "too many layers": (dict(num_hidden_layers=10**9), "n_layer = 1000000000"),
+    "too many layers": (dict(num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
     "quantized": (dict(quantization_config=dict(quant_method="fp8")), "quantization_config"),
-    "tied in words": (dict(tie_word_embeddings="yes"), "tied = 'yes'"),
+    "tied in words": (dict(tie_word_embeddings="yes"), "tie_word_embeddings is 'yes'"),
     "other tokenizer": (dict(vocab_size=100), "don't belong together"),
 }
 
@@ -204,7 +204,7 @@ def damage(folder, case):
         case "eos true":
             edit_json(config, eos_token_id=True)
             (folder / "generation_config.json").unlink()
-            return "eos_ids"
+            return "eos_token_id is True"
         case "json":
             config.write_text('{"model_type": ')
             return "config.json: not readable"

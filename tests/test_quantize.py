@@ -288,7 +288,7 @@ def test_bad_input_ends_in_one_line(quantized, checkpoint_path, tmp_path):
         (
             checkpoint_path,
             ["--mode", "int4-gptq", "--groupsize", 32, "--calibration", jsonl],
-            "or not JSON objects with a 'prompt'",
+            "t.jsonl, line 1: not a JSON object",
         ),
         (
             checkpoint_path,

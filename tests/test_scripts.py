@@ -1,73 +1,15 @@
-"""Downloading, preparing and benchmarking, and the command lines of the documents that the project started from."""
+"""Preparing and benchmarking, and the command lines of the documents that the project started from."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import errors
 
 import benchmark
-import download
-from command import InputError
 from conftest import ROOT, call
-
-
-def http_error(kind, status, message="message"):
-    return kind(message, response=SimpleNamespace(status_code=status, headers={}, request=None, text="", json=dict))
-
-
-@pytest.mark.parametrize(
-    "error,words",
-    [
-        (
-            lambda: http_error(errors.GatedRepoError, 403),
-            "access is gated; accept its licence at https://huggingface.co/a/b",
-        ),
-        (lambda: http_error(errors.RepositoryNotFoundError, 404), "no such repository on the hub"),
-        (lambda: http_error(errors.HfHubHTTPError, 401), "the hub refused the token"),
-        (lambda: http_error(errors.HfHubHTTPError, 503), "run the command again to resume"),
-        (lambda: download.HTTPError("no route"), "no route"),
-        (lambda: ConnectionError("broken pipe"), "run the command again to resume"),
-        (lambda: OSError(28, "No space left on device"), "No space left on device"),
-    ],
-)
-def test_download_errors_are_one_line(error, words, monkeypatch):
-    def fail(*args, **kwargs):
-        raise error()
-
-    monkeypatch.setattr(download.HfApi, "list_repo_files", fail)
-    with pytest.raises(InputError) as caught:
-        download.download("a/b")
-    assert words in str(caught.value) and str(caught.value).startswith("a/b: ") and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "files,wanted,unwanted",
-    [
-        (["model.safetensors", "pytorch_model.bin"], "model.safetensors", "pytorch_model.bin"),
-        (
-            ["pytorch_model-00001-of-00002.bin", "original/x.safetensors"],
-            "pytorch_model-00001-of-00002.bin",
-            "original/x.safetensors",
-        ),
-    ],
-)
-def test_download_takes_safetensors_before_pickles(files, wanted, unwanted, monkeypatch):
-    from huggingface_hub.utils import filter_repo_objects
-
-    seen = {}
-    monkeypatch.setattr(download.HfApi, "list_repo_files", lambda self, repo: files)
-    monkeypatch.setattr(download, "snapshot_download", lambda repo, **how: seen.update(how))
-    assert download.download("a/b") == ROOT / "checkpoints" / "a/b" == seen["local_dir"]
-    all_files = [*files, "config.json", "tokenizer.model", "tokenizer.json", "original/tokenizer.model"]
-    taken = set(
-        filter_repo_objects(all_files, allow_patterns=seen["allow_patterns"], ignore_patterns=seen["ignore_patterns"])
-    )
-    assert {wanted, "config.json", "tokenizer.model", "tokenizer.json"} <= taken and unwanted not in taken
 
 
 def shell(command, cwd=ROOT, **env):
@@ -91,12 +33,14 @@ def test_the_documented_commands_run_word_for_word(hf_folder, tmp_path):
         "checkpoint.py",
         "drafters.py",
         "command.py",
+        "early.py",
         "files.py",
         "quantize.py",
         "tp.py",
         "generate.py",
         "tokenizer.py",
         "tune.py",
+        "values.py",
     ):
         shutil.copy(ROOT / name, copy)
     shutil.copytree(ROOT / "scripts", copy / "scripts")

@@ -30,7 +30,7 @@ TEXTS = {
     "other scripts": "Le café était fermé. 東京は",
     "tabs": "name\tage\nAda\t36\nAlan\t",
     "one letter": "A",
-    "four thousand words": "the quick brown fox jumps over it " * 571 + "and then the",
+    "two thousand words": "the quick brown fox jumps over it " * 285 + "and then the",
 }
 CHATS = {
     "question": [dict(role="user", content="What is the capital of Italy? Answer in one sentence.")],

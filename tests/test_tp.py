@@ -10,8 +10,8 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -74,7 +74,7 @@ def logits(model):
     return torch.cat(out, dim=1)
 
 
-def decode(model, draft, n=16, draft_model=False, **how):
+def decode(model, draft, n=12, draft_model=False, **how):
     decoder = Decoder(model, draft_model=draft if draft_model else None, **how)
     return list(decoder.generate(PROMPT, n, model.config.eos_ids)), decoder.stats.accept_counts
 
@@ -170,24 +170,11 @@ def worker(folder):
     torch.save(found, folder / f"{shard.size}-{shard.rank}.pt")
 
 
-def torchrun(n, *command, threads=1, **how):
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *map(str, command)],
-        env=env,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **how,
-    )
-
-
 if __name__ == "__main__":
     worker(Path(sys.argv[1]))
-    sys.exit()
+    sys.exit(0)  # torchrun takes no other end of a process that it forked for success
 
-from conftest import make_hf_model, write_tokenizer  # noqa: E402 (the processes above need no transformers)
+from conftest import call, make_hf_model, torchrun, write_tokenizer  # noqa: E402 (the processes above need no transformers)
 from test_generate import chi_square, reference_distribution, tiny_model  # noqa: E402
 
 
@@ -233,7 +220,7 @@ def one(folder):
 @pytest.fixture(scope="module", params=WORLDS)
 def world(request, folder):
     """What each rank of a world found."""
-    process = torchrun(request.param, __file__, folder)
+    process = torchrun(request.param, __file__, folder, forking="generate")
     _, errors = process.communicate(timeout=280)
     assert process.returncode == 0, errors
     return [torch.load(folder / f"{request.param}-{rank}.pt") for rank in range(request.param)]
@@ -362,7 +349,7 @@ def test_torchrun_prints_once(folder, tmp_path):
         torchrun(2, *args, threads=2)
     )  # in a team of threads one of them talks to the other processes
     assert code == 0 and not errors and output.count("Average tokens/sec") == output.count('"samples"') == 1
-    single = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True)
+    single = call(generate.main, *args[1:])
     ours, theirs = (json.loads(text.splitlines()[-1])["samples"] for text in (output, single.stdout))
     assert [s["tokens"] for s in ours] == [s["tokens"] for s in theirs] and "traceEvents" in json.loads(
         (tmp_path / "trace.json").read_text()
@@ -380,6 +367,7 @@ def test_interactive(folder):
         "--self_speculative",
         "--max_new_tokens",
         "8",
+        forking="generate",
     )
     code, output, errors = settle(process, input="def f1\n" + "x" * 2000 + "\nreturn\n")
     assert (
@@ -391,19 +379,20 @@ def test_interactive(folder):
 
 
 def ranks(process):
-    """{rank: process id} of what torchrun started."""
-    found = {}
+    """The process ids of what torchrun started, in the order of the ranks."""
+    found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if f"\nPPid:\t{process.pid}\n" in (entry / "status").read_text():
-                variables = dict(v.partition("=")[::2] for v in (entry / "environ").read_text().split("\0"))
-                found[int(variables["RANK"])] = int(entry.name)
-    return found
+            ours = f"\nPPid:\t{process.pid}\n" in (entry / "status").read_text()
+            if ours and "generate.py" in (entry / "cmdline").read_text():
+                found.append(int(entry.name))
+    return sorted(found)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the processes in /proc")
-@pytest.mark.parametrize("killed,interactive", [(0, False), (1, False), (0, True), (1, True)])
-def test_a_killed_rank_ends_all(killed, interactive, folder):
+@pytest.mark.parametrize("interactive,forking", [(False, None), (True, "generate")])
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_ends_all(killed, interactive, forking, folder):
     args = ["--interactive"] if interactive else ["--num_samples", "100000"]
     process = torchrun(
         2,
@@ -413,6 +402,7 @@ def test_a_killed_rank_ends_all(killed, interactive, folder):
         "--prompt",
         "def",
         *args,
+        forking=forking,
         threads=2,
     )
     try:
@@ -425,30 +415,57 @@ def test_a_killed_rank_ends_all(killed, interactive, folder):
         code, _, errors = settle(process, 30)
         assert code and time.monotonic() - began < 30
         assert len(errors) == 1 and (
-            "lost contact with another process" in errors[0] or "another process failed or was killed" in errors[0]
+            "lost contact with" in errors[0] or "another process failed or was killed" in errors[0]
         ), errors
-        assert not any(Path(f"/proc/{pid}").exists() for pid in everyone.values())
+        assert not any(Path(f"/proc/{pid}").exists() for pid in everyone)
     finally:
         process.kill()
 
 
+def test_a_signal_is_told_once_even_while_python_runs(monkeypatch):
+    """The handler of a command that runs alone would end the process first, without a word."""
+    shard, told, failed = tp.Shard(0, 2), [], threading.Event()
+
+    def fail(why):
+        told.append(why)
+        failed.set()
+
+    def main():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert failed.wait(30)
+
+    for thing, name, value in (
+        (tp, "start", lambda: shard),
+        (shard, "fail", fail),
+        (shard, "gather", lambda value: None),
+        (tp.dist, "destroy_process_group", lambda: None),
+    ):
+        monkeypatch.setattr(thing, name, value)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        tp.run_command(main)
+    finally:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, handler)
+    assert told == ["error: another process failed or was killed, or torchrun was told to stop"]
+
+
 def test_bad_input_ends_all_in_one_line(folder):
-    code, _, errors = settle(torchrun(3, ROOT / "generate.py", "--checkpoint_path", folder / "llama3" / "model.pth"))
+    path = folder / "llama3" / "model.pth"
+    code, _, errors = settle(torchrun(3, ROOT / "generate.py", "--checkpoint_path", path, forking="generate"))
     assert code == 1 and len(errors) == 1 and "can't be split over 3 processes" in errors[0]
 
 
-def test_an_error_of_one_rank_is_everyones(folder):
+def test_an_error_of_one_rank_is_everyones(folder, tmp_path):
     """Here: rank 1 alone finds no checkpoint."""
-    code, _, errors = settle(
-        torchrun(
-            2,
-            "--no-python",
-            "bash",
-            "-c",
-            f"exec {sys.executable} {ROOT}/generate.py "
-            f"--checkpoint_path {folder}/$([ $RANK = 0 ] && echo llama3 || echo none)/model.pth",
-        )
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys, generate\n"
+        "name = ('llama3', 'none')[int(os.environ['RANK'])]\n"
+        "sys.argv.append(f'--checkpoint_path={sys.argv.pop()}/{name}/model.pth')\n"
+        "generate.run_command(generate.main)\n"
     )
+    code, _, errors = settle(torchrun(2, script, folder, forking="generate"))
     assert code == 1 and len(errors) == 1 and "none/model.pth: not found" in errors[0]
 
 

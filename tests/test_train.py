@@ -4,8 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from operator import itemgetter
 from types import SimpleNamespace
 
@@ -17,7 +15,7 @@ import train
 import train_log
 from checkpoint import load_model
 from command import InputError
-from conftest import ROOT, call
+from conftest import ROOT, call, torchrun
 from train_log import read_log
 
 TINY = [
@@ -270,26 +268,11 @@ def test_training_continues_a_converted_checkpoint(checkpoint, data, tmp_path):
     assert load_model(tmp_path / "out" / "model.pth").config.rope_scaling
 
 
-def torchrun(data, out, *args, script=(str(ROOT / "scripts" / "train.py"),)):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        *script,
-        "--data",
-        str(data),
-        "--include",
-        "*.py",
-        "--out",
-        str(out),
-        *TINY,
-        *args,
-    ]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+def train_by_two(data, out, *args, script=ROOT / "scripts" / "train.py"):
+    """(torchrun's exit code, its stderr)."""
+    process = torchrun(2, script, "--data", data, "--include", "*.py", "--out", out, *TINY, *args, forking="train")
+    _, errors = process.communicate(timeout=300)
+    return process.returncode, errors
 
 
 @pytest.mark.parametrize("how", [(), ("--fsdp",)])
@@ -307,8 +290,8 @@ def test_two_processes_train_as_one(how, data, tmp_path):
         "2",
     ]  # so much that a process has layers without any sequence
     run(data, tmp_path / "one", *settings)
-    result = torchrun(data, tmp_path / "two", *settings, *how)
-    assert result.returncode == 0, result.stderr
+    code, errors = train_by_two(data, tmp_path / "two", *settings, *how)
+    assert code == 0, errors
     one, two = (
         [line["val_loss"] for line in read_log(tmp_path / name / "train_log.jsonl") if "val_loss" in line]
         for name in ("one", "two")
@@ -323,8 +306,7 @@ def test_two_processes_train_as_one(how, data, tmp_path):
 
 
 INTERRUPTED = """
-import os, signal, sys
-sys.path.insert(0, "scripts")
+import os, signal
 import train
 original, steps = train.enabled_exits, []
 def counting(*args):
@@ -338,17 +320,18 @@ train.run_command(lambda: train.train(train.parse_args()), watch=False)
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_of_two_processes_resumes_exactly(data, tmp_path, monkeypatch):
+def test_an_interrupted_run_of_two_processes_resumes_exactly(data, tmp_path):
     """With FSDP; the state is that of the whole model."""
-    monkeypatch.chdir(ROOT)
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
     how = ("--steps", "6", "--max_dropout", "0.3", "--fsdp")
-    assert torchrun(data, tmp_path / "whole", *how).returncode == 0
-    result = torchrun(data, tmp_path / "parts", *how, script=("--no-python", sys.executable, "-c", INTERRUPTED))
-    assert result.returncode and result.stderr.count("stopped after step 3") == 1
+    assert train_by_two(data, tmp_path / "whole", *how)[0] == 0
+    code, errors = train_by_two(data, tmp_path / "parts", *how, script=script)
+    assert code and errors.count("stopped after step 3") == 1
     state = torch.load(tmp_path / "parts" / "train_state.pth", weights_only=True)["model"]
     assert state["embed.weight"].shape[1] == 32 and type(state["embed.weight"]) is torch.Tensor
-    result = torchrun(data, tmp_path / "parts", *how, "--resume")
-    assert result.returncode == 0, result.stderr
+    code, errors = train_by_two(data, tmp_path / "parts", *how, "--resume")
+    assert code == 0, errors
     a, b = (load_model(tmp_path / name / "model.pth").state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     alone = call(train.main, "--data", data, "--out", tmp_path / "none", *TINY, "--fsdp")
