@@ -275,11 +275,11 @@ def train_by_two(data, out, *args, script=ROOT / "scripts" / "train.py"):
     return process.returncode, errors
 
 
-@pytest.mark.parametrize("how", [(), ("--fsdp",)])
+@pytest.mark.parametrize("how", [("--accumulate", "2"), ("--fsdp", "--accumulate", "2", "--activation_checkpointing")])
 @pytest.mark.slow
 def test_two_processes_train_as_one(how, data, tmp_path):
-    """DDP and FSDP over gloo: the same losses as one process with the same batch, and a checkpoint that one process
-    loads.
+    """DDP and FSDP over gloo, in pieces: the same losses as one process with the whole batch at once, and a checkpoint
+    that one process loads.
     """
     settings = [
         "--steps",
