@@ -108,6 +108,32 @@ class Counting(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+def status(key):
+    """Bytes, by a key of /proc/self/status."""
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+
+def memory(load):
+    """((the most bytes while the checkpoint "large" is loaded, those it then takes), the bytes of each tensor)."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = status("VmRSS")
+    large = load("large", dtype=torch.bfloat16)
+    used = status("VmHWM") - before, status("VmRSS") - before
+    return used, {name: t.nbytes for name, t in large.state_dict().items()}
+
+
+def printed(path, args):
+    """What generate.py prints, an error included."""
+    common = ["--prompt", "def", "--num_samples", "1", "--max_new_tokens", "12", "--json", "-"]
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        try:
+            generate.main(["--checkpoint_path", str(path), *common, *args])
+        except InputError as error:
+            print(error)
+    return output.getvalue()
+
+
 def worker(folder):
     """One rank: everything that the tests below look at, into folder/RANK.pt."""
     shard = tp.start()
@@ -136,37 +162,9 @@ def worker(folder):
         found["compiled"] = decode(short, None, exit_layer=1, k=2, compile=True, compile_prefill=True)
         kernels.enabled = True
 
-    def status(key):
-        return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = status("VmRSS")
-    large = load("large", dtype=torch.bfloat16)
-    found["memory"] = status("VmHWM") - before, status("VmRSS") - before
-    found["bytes"] = {name: t.nbytes for name, t in large.state_dict().items()}
-    path = str(folder / "llama3" / "model.pth")
+    found["memory"], found["bytes"] = memory(load)
     for name, args in list(MAIN.items())[shard.size // 4 :]:  # auto takes a while
-        output = io.StringIO()
-        with contextlib.redirect_stdout(output):
-            try:
-                generate.main(
-                    [
-                        "--checkpoint_path",
-                        path,
-                        "--prompt",
-                        "def",
-                        "--num_samples",
-                        "1",
-                        "--max_new_tokens",
-                        "12",
-                        "--json",
-                        "-",
-                        *args,
-                    ]
-                )
-            except InputError as error:
-                print(error)
-        found["main", name] = output.getvalue()
+        found["main", name] = printed(folder / "llama3" / "model.pth", args)
     torch.save(found, folder / f"{shard.size}-{shard.rank}.pt")
 
 
