@@ -38,8 +38,8 @@ from files import (
 )
 from generate import CHECKPOINTS, DRAFT_LENGTH, MOST_SEED, NGRAM_K, Decoder, Sampling
 from model import SIZES, Transformer
+from ranks import world_size
 from tokenizer import Tokenizer
-from tp import world_size
 from values import NOTHING, TEXT, filled, filled_path, real, whole
 
 if TYPE_CHECKING:

@@ -50,8 +50,8 @@ from checkpoint import check_records, count_parameters, load_model, read_state, 
 from command import InputError, Parser, check_memory
 from files import append_line, drop_torn_line, locked, replacing, write_text
 from model import ModelConfig, Transformer
+from ranks import Shard, run_command, start
 from tokenizer import Tokenizer
-from tp import Shard, run_command, start
 from train_options import add_options, check_args, default_precision
 
 # Sizes: L layers, each with an exit; B sequences per step over all processes, b of them in this one; T tokens in a

@@ -36,6 +36,7 @@ def test_the_documented_commands_run_word_for_word(hf_folder, tmp_path):
         "early.py",
         "files.py",
         "quantize.py",
+        "ranks.py",
         "tp.py",
         "generate.py",
         "tokenizer.py",

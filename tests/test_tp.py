@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import generate
 import kernels
+import ranks
 import tp
 from checkpoint import load_model, save_checkpoint
 from command import InputError
@@ -136,7 +137,7 @@ def printed(path, args):
 
 def worker(folder):
     """One rank: everything that the tests below look at, into folder/RANK.pt."""
-    shard = tp.start()
+    shard = ranks.start()
 
     def load(name, **how):
         return load_model(folder / name / "model.pth", shard=shard, **how)
@@ -376,7 +377,7 @@ def test_interactive(folder):
     )
 
 
-def ranks(process):
+def ranks_of(process):
     """The process ids of what torchrun started, in the order of the ranks."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
@@ -407,7 +408,7 @@ def test_a_killed_rank_ends_all(killed, interactive, forking, folder):
         for line in process.stdout:
             if line.startswith(("Time for inference 1", "Type a prompt")):
                 break
-        everyone = ranks(process)
+        everyone = ranks_of(process)
         began = time.monotonic()
         os.kill(everyone[killed], signal.SIGKILL)
         code, _, errors = settle(process, 30)
@@ -422,7 +423,7 @@ def test_a_killed_rank_ends_all(killed, interactive, forking, folder):
 
 def test_a_signal_is_told_once_even_while_python_runs(monkeypatch):
     """The handler of a command that runs alone would end the process first, without a word."""
-    shard, told, failed = tp.Shard(0, 2), [], threading.Event()
+    shard, told, failed = ranks.Shard(0, 2), [], threading.Event()
 
     def fail(why):
         told.append(why)
@@ -433,15 +434,15 @@ def test_a_signal_is_told_once_even_while_python_runs(monkeypatch):
         assert failed.wait(30)
 
     for thing, name, value in (
-        (tp, "start", lambda: shard),
+        (ranks, "start", lambda: shard),
         (shard, "fail", fail),
         (shard, "gather", lambda value: None),
-        (tp.dist, "destroy_process_group", lambda: None),
+        (ranks.dist, "destroy_process_group", lambda: None),
     ):
         monkeypatch.setattr(thing, name, value)
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        tp.run_command(main)
+        ranks.run_command(main)
     finally:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, handler)
@@ -502,5 +503,5 @@ def test_what_does_not_divide_is_one_line(name, size, words, folder, tmp_path):
         config, path = replace(config, **configs[name]), tmp_path / "model.pth"
         save_checkpoint(path, dict(Transformer(config).state_dict()), config)
     with pytest.raises(InputError) as error:
-        load_model(path, shard=tp.Shard(1, size))
+        load_model(path, shard=ranks.Shard(1, size))
     assert words in str(error.value) and "\n" not in str(error.value)
