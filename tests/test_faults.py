@@ -30,6 +30,7 @@ import export_hf_checkpoint
 import generate
 import quantize
 import sweep
+import tasks
 import train
 import tune
 from checkpoint import load_config
@@ -111,7 +112,7 @@ def options(main):
 
 
 TYPED = [(name, action) for name, main in COMMANDS.items() for action in options(main)]
-TEXTS = {"prompt", "system", "stop", "device", "include", "exclude", "tasks"}  # which may be anything, also empty
+TEXTS = {"prompt", "system", "stop", "device", "exclude", "tasks"}  # which may be anything, also empty
 NUMBERS = ["", "x", "nan", "inf", "-inf", "1e400", str(10**30), str(-(10**30)), "9" * 5000, "1e", "0x10", "\0", "٣x"]
 
 
@@ -164,6 +165,9 @@ PLAIN = [
     (train.main, ["--data", "x", "", "--out", "x"], "--data is empty"),
     (train.main, ["--data", ".", "--out", ""], "--out is empty"),
     (train.main, ["--data", ".", "--out", "x", "--context", str(10**12)], "--context 1000000000000: must be"),
+    (train.main, ["--data", ".", "--out", "x", "--device", "cpu", "--include", "/x"], "--include /x: not a pattern"),
+    (train.main, ["--data", ".", "--out", "x", "--device", "cpu", "--include", ""], "--include is empty"),
+    (train.main, ["--data", "x" * 300, "--out", "x", "--device", "cpu"], "File name too long"),
     (train.main, ["--data", ".", "--out", "x", "--dim", "10", "--n_head", "3"], "--dim 10: must be an even multiple"),
     (train.main, ["--data", ".", "--out", "x", "--n_head", "1", "--n_kv_head", "2"], "--n_kv_head 2: must divide"),
 ]
@@ -384,6 +388,23 @@ def test_what_is_common_in_the_wild_is_taken(folder):
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     result = call(convert_hf_checkpoint.main, "--checkpoint_dir", folder)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("columns", [benchmark.COLUMNS, correctness.GREEDY, correctness.SAMPLED, sweep.COLUMNS])
+def test_rows_of_results(columns, tmp_path):
+    path = tmp_path / "r.jsonl"
+    good = {name: next(value for value in [1, "x", []] if kind.allows(value)) for name, kind in columns.items()}
+    path.write_text("{}\n" + json.dumps(good))
+    assert tasks.Results(tmp_path / "r", {}, columns).rows == [good]
+    for name, kind in columns.items():
+        for value in [wrong for wrong in [*WRONG, None] if not kind.allows(wrong)]:
+            path.write_text("{}\n" + json.dumps({**good, name: value}))
+            with pytest.raises(InputError, match=f"r.jsonl, line 2: {name} is "):
+                tasks.Results(tmp_path / "r", {}, columns)
+    for content in [content for content in CONTENTS.values() if content]:
+        path.write_bytes(b"{}\n" + content)
+        with pytest.raises(InputError, match="r.jsonl"):
+            tasks.Results(tmp_path / "r", {}, columns)
 
 
 ROWS = [b'{"prompt": 3}', b'{"text": "x"}', b'{"prompt": "x", "reference": 3}', b'{"prompt": "x"}\n{"prompt": null}']
