@@ -250,7 +250,10 @@ def text_files(root: Path, include: str) -> list[tuple[str, Path]]:
     """[(relative name, path)]: of root if it is a file, else of the files below it that match `include`, sorted."""
     if root.is_file():
         return [(root.name, root)]
-    paths = sorted(path for path in root.rglob(include) if path.is_file())
+    try:
+        paths = sorted(path for path in root.rglob(include) if path.is_file())
+    except (ValueError, NotImplementedError) as error:
+        raise InputError(f"--include {include}: not a pattern of file names ({error})") from None
     return [(path.relative_to(root).as_posix(), path) for path in paths]
 
 

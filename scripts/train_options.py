@@ -31,6 +31,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add("--data", type=filled, nargs="+", required=True, help="text files, and folders with text files")
     add(
         "--include",
+        type=filled,
         default="*",
         help="in folders, take the files whose names match this pattern (default: %(default)s)",
     )

@@ -25,7 +25,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import generate
 import kernels
 import ranks
-import tp
 from checkpoint import load_model, save_checkpoint
 from command import InputError
 from generate import Decoder, Sampling
