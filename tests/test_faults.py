@@ -394,15 +394,15 @@ def test_what_is_common_in_the_wild_is_taken(folder):
 def test_rows_of_results(columns, tmp_path):
     path = tmp_path / "r.jsonl"
     good = {name: next(value for value in [1, "x", []] if kind.allows(value)) for name, kind in columns.items()}
-    path.write_text("{}\n" + json.dumps(good))
+    path.write_text("{}\n" + json.dumps(good) + "\n")
     assert tasks.Results(tmp_path / "r", {}, columns).rows == [good]
     for name, kind in columns.items():
         for value in [wrong for wrong in [*WRONG, None] if not kind.allows(wrong)]:
-            path.write_text("{}\n" + json.dumps({**good, name: value}))
+            path.write_text("{}\n" + json.dumps({**good, name: value}) + "\n")
             with pytest.raises(InputError, match=f"r.jsonl, line 2: {name} is "):
                 tasks.Results(tmp_path / "r", {}, columns)
     for content in [content for content in CONTENTS.values() if content]:
-        path.write_bytes(b"{}\n" + content)
+        path.write_bytes(b"{}\n" + content + b"\n")
         with pytest.raises(InputError, match="r.jsonl"):
             tasks.Results(tmp_path / "r", {}, columns)
 
