@@ -195,11 +195,3 @@ def check_device(device: str) -> None:
     except Exception as error:  # each kind of device has errors of its own
         reason = first_line(error, type(error).__name__)
         raise InputError(f"--device {device}: not available here ({reason})") from None
-
-
-def check_writable(option: str, path: str | Path) -> None:
-    """Raise InputError unless a file can be written at `path`, which is left as it was. For results that come late."""
-    path = Path(path)
-    target = path if path.exists() else path.parent
-    if path.is_dir() or not path.parent.is_dir() or not os.access(target, os.W_OK):
-        raise InputError(f"{option} {path}: can't be written; name a file in an existing, writable folder")

@@ -36,9 +36,9 @@ from tqdm import tqdm
 import kernels
 import tasks
 from checkpoint import empty_model
-from command import InputError, check_writable, run_command
+from command import InputError, run_command
 from drafters import Drafter, SelfDrafter
-from files import write_text
+from files import check_writable, write_text
 from generate import Decoder, acceptance, load, peak_memory_gb, total_counts, total_rounds
 from kernels.compiler import compiled
 from model import Linear, ModelConfig, RMSNorm, Transformer

@@ -37,7 +37,8 @@ from tqdm import tqdm
 
 import tasks
 from checkpoint import load_model
-from command import check_writable, run_command
+from command import run_command
+from files import check_writable
 from generate import Decoder, load
 from model import Transformer
 from values import OBJECT, TEXT, filled, list_of, real, whole

@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 import tasks
 import tune
-from command import check_writable, run_command
+from command import run_command
+from files import check_writable
 from generate import DRAFT_LENGTH, Decoder, Stats, acceptance, load, total_counts, total_rounds
 from model import SIZES
 from tune import Build, Cell
