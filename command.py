@@ -103,13 +103,13 @@ def run(main: Callable[[], None]) -> None:
         finally:
             sys.stdout.flush()
     except InputError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(str(error)))
     except BrokenPipeError:
         drop_output()
         sys.exit(BROKEN_PIPE)
     except OSError as error:
         drop_output()
-        sys.exit(f"error: {error.filename or 'input or output'}: {error.strerror or error}")
+        sys.exit(error_line(f"{error.filename or 'input or output'}: {error.strerror or error}"))
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             sys.exit("error: out of memory: take a smaller model, fewer --max_new_tokens, or a lower --precision")
@@ -117,6 +117,11 @@ def run(main: Callable[[], None]) -> None:
     except ModuleNotFoundError as error:
         how = "pip install -r requirements.txt, and for scripts/ -r scripts/requirements.txt"
         sys.exit(f"error: the package {error.name} is missing: {how}")
+
+
+def error_line(message: str) -> str:
+    """What a command says last. It is one line, also where a file's name has several."""
+    return f"error: {' '.join(message.splitlines())}"
 
 
 def drop_output() -> None:
