@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -47,6 +48,12 @@ def blaming(what: str) -> Iterator[None]:
         raise InputError(f"{what} ({first_line(error, type(error).__name__)})") from None
 
 
+@cache
+def nowhere() -> int:
+    """A descriptor of /dev/null, opened once: `unheard` is around each token that becomes text."""
+    return os.open(os.devnull, os.O_WRONLY)
+
+
 @contextmanager
 def unheard() -> Iterator[None]:
     """Drop what libraries write to standard error by themselves, as Rust does before its error arrives here."""
@@ -55,8 +62,7 @@ def unheard() -> Iterator[None]:
     except OSError:  # closed: there is nothing to drop
         yield
         return
-    with open(os.devnull, "w") as null:
-        os.dup2(null.fileno(), 2)
+    os.dup2(nowhere(), 2)
     try:
         yield
     finally:
