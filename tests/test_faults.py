@@ -156,6 +156,8 @@ PLAIN = [
     (generate.main, ["--json"], "--json expected one argument"),
     (generate.main, ["--checkpoint_path", "."], ".: not"),
     (generate.main, ["--checkpoint_path", "x" * 300 + "/model.pth"], "File name too long"),
+    (generate.main, ["--checkpoint_path", "two\nlines.pth"], "two lines.pth: not found"),
+    (generate.main, ["--prompt_file", "two\nlines"], "two lines: can't be read"),
     (generate.main, ["--prompt_file", "."], "--prompt_file .: is a folder"),
     (generate.main, ["--prompt_file", "/dev/zero"], "--prompt_file /dev/zero: not a regular file"),
     (generate.main, ["--top_p", "0"], "--top_p 0.0: must be above 0"),
@@ -438,14 +440,13 @@ def test_any_value_as_json_is_read_or_refused(value):
 )
 def test_any_fields_are_read_or_refused(shared, name, values):
     before = json.loads((shared / name).read_text()) if (shared / name).exists() else {}
-    with pytest.MonkeyPatch.context():
-        (shared / "other").mkdir(exist_ok=True)
-        for file in shared.iterdir():
-            if file.is_file() and "safetensors" not in file.name:
-                shutil.copy(file, shared / "other")
-        (shared / "other" / name).write_text(json.dumps({**before, **values}))
-        with suppress(InputError):
-            convert_hf_checkpoint.read_config(shared / "other")
+    (shared / "other").mkdir(exist_ok=True)
+    for file in shared.iterdir():
+        if file.is_file() and "safetensors" not in file.name:
+            shutil.copy(file, shared / "other")
+    (shared / "other" / name).write_text(json.dumps({**before, **values}))
+    with suppress(InputError):
+        convert_hf_checkpoint.read_config(shared / "other")
     shutil.rmtree(shared / "other")
 
 
