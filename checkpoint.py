@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import tp
 from command import InputError, check_memory, first_line
-from files import locked, read_object, replacing
+from files import check_regular, locked, read_object, replacing
 from kernels import cpu
 from model import Linear, ModelConfig, Transformer, rope_frequencies
 
@@ -227,6 +227,7 @@ def read_state(path: str | Path, device: str | torch.device = "cpu") -> dict[str
     Raises InputError if it is missing or not readable.
     """
     path = Path(path)
+    check_regular(path)
     if not path.is_file():
         raise InputError(f"{path}: not found; scripts/prepare.sh downloads and converts a checkpoint")
     try:
