@@ -150,7 +150,7 @@ def suspects() -> str:
 
 def main() -> None:
     p = Parser(description=__doc__)
-    p.add_argument("repo", type=filled, help=f"such as {EXAMPLE}")
+    p.add_argument("repo", help=f"such as {EXAMPLE}")
     p.add_argument(
         "--hf_token",
         type=filled,

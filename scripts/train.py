@@ -591,8 +591,8 @@ def optimizer_step(optimizers: list[Optimizer], learning_rate: float) -> None:
 STATE_FILE = "train_state.pth"
 
 # Options that may differ between an interrupted run and the one that resumes it. With the same options the run goes on
-# exactly as before. The number of steps, the learning rate and the exits' weights are
-# here so that they can be changed on purpose.
+# exactly as before. The number of steps, the learning rate and the exits' weights are here so that they can be changed
+# on purpose.
 FREE_TO_CHANGE = {
     "resume",
     "save_every",
