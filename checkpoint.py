@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import tp
 from command import InputError, check_memory, first_line
-from files import locked, read_object, replacing
+from files import check_regular, locked, read_object, replacing
 from kernels import cpu
 from model import Linear, ModelConfig, Transformer, rope_frequencies
 
 if TYPE_CHECKING:
-    from tp import Shard
+    from ranks import Shard
 
 CACHE_LINE = 64  # bytes
 BLOCK = 1 << 20  # bytes that are read at a time where a file is checked
@@ -226,6 +227,7 @@ def read_state(path: str | Path, device: str | torch.device = "cpu") -> dict[str
     Raises InputError if it is missing or not readable.
     """
     path = Path(path)
+    check_regular(path)
     if not path.is_file():
         raise InputError(f"{path}: not found; scripts/prepare.sh downloads and converts a checkpoint")
     try:
@@ -308,7 +310,7 @@ def empty_model(
     with torch.device("meta"):
         model = Transformer(config)
         if shard:
-            shard.split(model)
+            tp.split(model, shard)
     model.load_state_dict(allocate(model, device, dtype, what), assign=True, strict=not config.tied)
     model.tie()
     model.inv_freq = rope_frequencies(config).to(device)

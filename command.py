@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -53,6 +54,12 @@ def blaming(what: str) -> Iterator[None]:
         raise InputError(f"{what} ({first_line(error, type(error).__name__)})") from None
 
 
+@cache
+def nowhere() -> int:
+    """A descriptor of /dev/null, opened once: `unheard` is around each token that becomes text."""
+    return os.open(os.devnull, os.O_WRONLY)
+
+
 @contextmanager
 def unheard() -> Iterator[None]:
     """Drop what libraries write to standard error by themselves, as Rust does before its error arrives here."""
@@ -61,8 +68,7 @@ def unheard() -> Iterator[None]:
     except OSError:  # closed: there is nothing to drop
         yield
         return
-    with open(os.devnull, "w") as null:
-        os.dup2(null.fileno(), 2)
+    os.dup2(nowhere(), 2)
     try:
         yield
     finally:
@@ -110,13 +116,13 @@ def run(main: Callable[[], None]) -> None:
         finally:
             sys.stdout.flush()
     except InputError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(str(error)))
     except BrokenPipeError:
         drop_output()
         sys.exit(BROKEN_PIPE)
     except OSError as error:
         drop_output()
-        sys.exit(f"error: {error.filename or 'input or output'}: {error.strerror or error}")
+        sys.exit(error_line(f"{error.filename or 'input or output'}: {error.strerror or error}"))
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             sys.exit("error: out of memory: take a smaller model, fewer --max_new_tokens, or a lower --precision")
@@ -124,6 +130,11 @@ def run(main: Callable[[], None]) -> None:
     except ModuleNotFoundError as error:
         how = "pip install -r requirements.txt, and for scripts/ -r scripts/requirements.txt"
         sys.exit(f"error: the package {error.name} is missing: {how}")
+
+
+def error_line(message: str) -> str:
+    """What a command says last. It is one line, also where a file's name has several."""
+    return f"error: {' '.join(message.splitlines())}"
 
 
 def drop_output() -> None:
@@ -195,11 +206,3 @@ def check_device(device: str) -> None:
     except Exception as error:  # each kind of device has errors of its own
         reason = first_line(error, type(error).__name__)
         raise InputError(f"--device {device}: not available here ({reason})") from None
-
-
-def check_writable(option: str, path: str | Path) -> None:
-    """Raise InputError unless a file can be written at `path`, which is left as it was. For results that come late."""
-    path = Path(path)
-    target = path if path.exists() else path.parent
-    if path.is_dir() or not path.parent.is_dir() or not os.access(target, os.W_OK):
-        raise InputError(f"{option} {path}: can't be written; name a file in an existing, writable folder")

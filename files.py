@@ -158,6 +158,18 @@ def check_fields(values: Any, kinds: Mapping[str, Kind], where: str | Path) -> N
 # Writing.
 
 
+def check_writable(option: str, path: str | Path) -> None:
+    """Raise InputError unless `replacing` can write `path`, which is left as it was. For results that come late."""
+    path = Path(path)
+    if is_stream(path):
+        possible = not path.is_dir() and os.access(path, os.W_OK)
+    else:
+        folder = Path(os.path.realpath(path)).parent
+        possible = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    if not possible:
+        raise InputError(f"{option} {path}: can't be written; name a file in an existing, writable folder")
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Give the path of an empty file, which takes the place of `path` if all goes well, and is deleted if not.

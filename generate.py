@@ -33,13 +33,14 @@ from torch import Tensor
 import kernels
 import tune
 from checkpoint import count_parameters, load_model
-from command import InputError, Parser, add_threads, check_device, check_writable
+from command import InputError, Parser, add_threads, check_device
 from drafters import SMALLER, Drafter, make_drafter, weight_bytes
-from files import read_bytes, replacing, write_json
+from files import check_writable, read_bytes, replacing, write_json
 from kernels.compiler import compiled
 from model import SIZES, Transformer
+from ranks import Shard, run_command, start
 from tokenizer import Text, Tokenizer
-from tp import Shard, broadcast, run_command, start
+from tp import broadcast
 from values import filled, filled_path, or_auto, real, whole
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"

@@ -390,7 +390,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config  # of the whole model
-        self.shard: Any = None  # the tp.Shard whose part of it this is
+        self.shard: Any = None  # the ranks.Shard whose part of it this is
         self.copies: dict[str, list[Any]] = {"int8": [], "int4": []}  # what `rounded_layers` has made
         self.cached_ids: list[int] = []  # of the text whose rows the caches hold, as far as a Decoder knows
         self.embed = nn.Embedding(config.vocab_size, config.dim)

@@ -279,7 +279,7 @@ def arguments() -> argparse.Namespace:
     )
     p.add_argument(
         "--groupsize",
-        type=int,
+        type=whole(1),
         choices=GROUPSIZES,
         default=128,
         help="of int4: weights that share a scale (default: %(default)s)",

@@ -7,6 +7,7 @@ Llama 3's own tokenizer.model is a tiktoken file, and `tiktoken` reads it.
 
 import base64
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -313,13 +314,24 @@ SAMPLES = (
 # What the folder's files say about the tokenizer, apart from the vocabulary.
 
 TOKEN_ID = whole(0, 2**31 - 1)
-TOKEN = TEXT | Kind(
-    "an object with its content", lambda value: OBJECT.allows(value) and TEXT.allows(value.get("content"))
-)
+
+
+def is_token(value: object) -> bool:
+    return TEXT.allows(value) or (isinstance(value, dict) and TEXT.allows(value.get("content")))
+
+
+def is_token_table(value: object) -> bool:
+    """Whether it is {id in digits: token}."""
+    if not isinstance(value, dict) or not all(map(is_token, value.values())):
+        return False
+    return all(name.isdecimal() and len(name) < 20 and TOKEN_ID.allows(int(name)) for name in value)
+
+
+TOKEN = Kind("a text or an object with its content", is_token)
 SETTINGS = {
     "tokenizer_class": TEXT | NOTHING,
     "chat_template": TEXT | OBJECT | list_of(OBJECT) | NOTHING,
-    "added_tokens_decoder": OBJECT | NOTHING,
+    "added_tokens_decoder": Kind("an object of tokens by their ids", is_token_table) | NOTHING,
     "additional_special_tokens": list_of(TOKEN) | NOTHING,
     "extra_special_tokens": list_of(TOKEN) | OBJECT | NOTHING,
     **dict.fromkeys(STANDARD_ROLES, TOKEN | NOTHING),
@@ -391,7 +403,10 @@ class Settings:
 
     def _read_older_map(self, folder: Path) -> None:
         """Take what special_tokens_map.json says into `values`."""
-        for name, value in read_object(folder / "special_tokens_map.json").items():
+        path = folder / "special_tokens_map.json"
+        values = read_object(path)
+        check_fields(values, SETTINGS, path)
+        for name, value in values.items():
             if isinstance(value, dict):
                 value = {**value, "__type": "AddedToken", "special": True}
             self.values[name] = value
@@ -464,7 +479,7 @@ def read_template(folder: Path, settings: dict) -> str | None:
     Raises InputError if the file isn't UTF-8.
     """
     file = folder / "chat_template.jinja"
-    if file.exists():
+    if os.path.lexists(file):
         return read_text(file)
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, with names

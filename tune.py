@@ -9,6 +9,7 @@ a few timed rounds, for each precision, predict every E and K. `generate.py --ea
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -273,7 +274,7 @@ def tuned_path(checkpoint: str | Path) -> Path:
 def read_settings(checkpoint: str | Path) -> list[dict[str, Any]]:
     """All settings kept beside a checkpoint; [] if there are none. Raises InputError if the file is something else."""
     path = tuned_path(checkpoint)
-    if not path.exists():
+    if not os.path.lexists(path):
         return []
     try:
         entries = read_json(path)

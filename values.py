@@ -31,19 +31,24 @@ class Kind:
 class Number(Kind):
     """A number in a range. As the type of an option it takes a text."""
 
-    def __init__(self, name: str, read: Callable[[str], Any], least: float, most: float) -> None:
-        """name: in words. read: the number in a text; raises ValueError."""
-        super().__init__(f"{name} from {least} to {most}", self.is_in_range)
-        self.read, self.least, self.most = read, least, most
+    def __init__(self, read: type[int] | type[float], least: float, most: float, auto: bool = False) -> None:
+        """read: int takes whole numbers only. auto: an option may be this word instead."""
+        name = "a whole number" if read is int else "a number"
+        super().__init__(f"{name} from {least} to {most}{' or auto' * auto}", self.is_in_range)
+        self.read, self.least, self.most, self.auto = read, least, most, auto
 
     def is_in_range(self, value: object) -> bool:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return is_number and self.least <= value <= self.most  # type: ignore[operator]  # also False for NaN
+        types = (int,) if self.read is int else (int, float)
+        if not isinstance(value, types) or isinstance(value, bool):
+            return False
+        return self.least <= value <= self.most  # also False for NaN
 
     def __call__(self, text: str) -> Any:
         """The number in a text. Raises ArgumentTypeError, whose message goes on from the option's name."""
+        if self.auto and text == "auto":
+            return text
         try:
-            value = self.read(text)
+            value = self.read(text) + 0  # and no -0.0
         except ValueError:
             value = None
         if not self.allows(value):
@@ -52,24 +57,16 @@ class Number(Kind):
 
 
 def whole(least: int = 0, most: int = MOST) -> Number:
-    """A whole number."""
-    number = Number("a whole number", int, least, most)
-    number.allows = lambda value: isinstance(value, int) and number.is_in_range(value)
-    return number
+    return Number(int, least, most)
 
 
 def real(least: float = 0, most: float = MOST) -> Number:
-    """A number that need not be whole. -0.0 is read as 0.0."""
-    return Number("a number", lambda text: float(text) + 0.0, least, most)
+    return Number(float, least, most)
 
 
-def or_auto(number: Number) -> Callable[[str], Any]:
+def or_auto(number: Number) -> Number:
     """The type of an option that takes the number or the word auto."""
-
-    def read(text: str) -> Any:
-        return text if text == "auto" else number(text)
-
-    return read
+    return Number(number.read, number.least, number.most, auto=True)
 
 
 def one_of(*allowed: str) -> Kind:

@@ -36,14 +36,14 @@ from tqdm import tqdm
 import kernels
 import tasks
 from checkpoint import empty_model
-from command import InputError, check_writable, run_command
+from command import InputError, run_command
 from drafters import Drafter, SelfDrafter
-from files import write_text
+from files import check_writable, write_text
 from generate import Decoder, acceptance, load, peak_memory_gb, total_counts, total_rounds
 from kernels.compiler import compiled
 from model import Linear, ModelConfig, RMSNorm, Transformer
 from tokenizer import Tokenizer
-from values import filled, real, whole
+from values import OBJECT, filled, list_of, real, whole
 
 # vocab_size, dim, n_layer, n_head, n_kv_head, head_dim, intermediate_size, context, tied
 SHAPES = {
@@ -56,6 +56,7 @@ SHAPES = {
     "codellama-34B": (32000, 8192, 48, 64, 8, 128, 22016, 16384, False),
     "llama2-70B": (32000, 8192, 80, 64, 8, 128, 28672, 4096, False),
 }
+COLUMNS = {"repeat": whole(), "prompt": whole(), "decoded": list_of(OBJECT)}  # of FILE.jsonl
 PASS_POSITION = 128  # where --pass_rows times a pass
 BAR_WIDTH = 40  # characters of a bar that stands for 100%
 WARM_UPS = 3  # passes before those that are timed
@@ -145,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     work = load_shape(args) if args.shape else load_checkpoint(args)
     bandwidth = read_bandwidth(args.device)
     pass_seconds = pass_times(work.model, args.pass_rows, args.compile) if args.pass_rows else []
-    results = tasks.Results(args.out, tasks.measured_with(args, "json", "out", "pass_rows", "score"))
+    results = tasks.Results(args.out, tasks.measured_with(args, "json", "out", "pass_rows", "score"), COLUMNS)
     decoders = make_decoders(args, work)
     compile_seconds = compile_all(decoders, work.prompts[0])
     measure(args, decoders, work.prompts, results)

@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
     begin()
 
+import os
 import pickle
 import zipfile
 from dataclasses import replace
@@ -74,7 +75,7 @@ def tensor_names(config: ModelConfig) -> dict[str, list[str]]:
 
 def read_json(path: Path) -> dict:
     """The JSON object in a file. Raises InputError if the file is missing or holds something else."""
-    if not path.exists():
+    if not os.path.lexists(path):
         raise InputError(f"{path}: not found")
     return read_object(path)
 
@@ -87,7 +88,7 @@ def read_config(folder: Path) -> ModelConfig:
     check_fields(hf, CONFIG, path)
     rope_theta, rope_scaling = read_rope(hf, path)
     special, source = hf, path
-    if (folder / "generation_config.json").exists():
+    if os.path.lexists(folder / "generation_config.json"):
         source = folder / "generation_config.json"
         special = read_json(source)  # if it is there, only it decides what ends a text
     check_fields(special, {"eos_token_id": ID | list_of(ID) | NOTHING}, source)
@@ -164,9 +165,9 @@ def weight_files(folder: Path) -> list[Path]:
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = folder / f"{stem}.{suffix}.index.json"
         single = folder / f"{stem}.{suffix}"
-        if index.is_file():
+        if os.path.lexists(index):
             return [folder / name for name in shard_names(index)]
-        if single.is_file():
+        if os.path.lexists(single):
             return [single]
     raise InputError(f"{folder}: has neither model.safetensors nor pytorch_model.bin, nor an index of their shards")
 
@@ -195,7 +196,7 @@ def read_weights(files: list[Path]) -> dict[str, Tensor]:
     for file in tqdm(files, desc="reading", unit="file", disable=None):
         check_regular(file)
         if not file.exists():
-            raise InputError(f"{file}: not found, though the index lists it; {AGAIN}")
+            raise InputError(f"{file}: not found; {AGAIN}")
         with blaming(f"{file}: truncated or damaged; {AGAIN}"):
             tensors |= read_tensors(file)
     return tensors
@@ -252,6 +253,9 @@ def check_tensor(folder: Path, name: str, theirs: dict[str, Tensor]) -> None:
     """Raise InputError if a tensor is missing, or has another dtype than float32, bfloat16 or float16."""
     if name not in theirs:
         raise InputError(f"{folder}: the checkpoint has no tensor {name}")
+    shape = tuple(theirs[name].shape)
+    if not shape or 0 in shape:
+        raise InputError(f"{folder}: tensor {name} has the shape {shape}: it is no vector or matrix")
     dtype = theirs[name].dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise InputError(f"{folder}: tensor {name} is {dtype_name(dtype)}; float32, bfloat16 or float16 was expected")

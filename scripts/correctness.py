@@ -37,12 +37,20 @@ from tqdm import tqdm
 
 import tasks
 from checkpoint import load_model
-from command import check_writable, run_command
+from command import run_command
+from files import check_writable
 from generate import Decoder, load
 from model import Transformer
-from values import filled
+from values import OBJECT, TEXT, filled, list_of, real, whole
 
 P_VALUE = 1e-3  # a sampled check of the whole grid fails by chance this often
+
+GREEDY = {  # the columns of FILE.jsonl
+    "decoding": TEXT,
+    **dict.fromkeys(("texts", "tokens", "different", "unexplained"), whole()),
+    "differences": list_of(OBJECT),
+}
+SAMPLED = {"decoding": TEXT, "texts": whole(), "tokens": whole(), "statistic": real(0, 1), "p_value": real(0, 1)}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -66,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     for way in tasks.ways(args, model.config.n_layer):  # what is out of range shows now; all use the largest caches
         ways[tasks.describe(build(**way))] = functools.partial(build, **way)
     without = ("early_exit", "speculate_k", "draft_precision", "draft", "ngram_k", "out")
-    results = tasks.Results(args.out, tasks.measured_with(args, *without))
+    results = tasks.Results(args.out, tasks.measured_with(args, *without), SAMPLED if args.temperature > 0 else GREEDY)
     known = results.by("decoding")
     missing = [way for name, way in ways.items() if name not in known]
     if missing and args.temperature > 0:

@@ -76,8 +76,12 @@ class Sources:
             return [(root.name, root)]
         if not root.is_dir():
             raise InputError(f"--data {root}: no such file or folder; a dataset of the hub is {HUB}OWNER/NAME")
+        try:
+            paths = sorted(root.rglob(self.include))
+        except (ValueError, NotImplementedError) as error:
+            raise InputError(f"--include {self.include}: not a pattern of file names ({error})") from None
         found = []
-        for path in sorted(root.rglob(self.include)):
+        for path in paths:
             name = path.relative_to(root).as_posix()
             if path.is_file() and not any(fnmatch(name, pattern) for pattern in self.exclude):
                 found.append((name, path))

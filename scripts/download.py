@@ -1,15 +1,20 @@
 """Download a checkpoint from the Hugging Face hub to checkpoints/REPO. The next run keeps the files that are whole."""
 
-import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    from early import begin
+
+    begin()
+
 import errno
 import json
 import os
 import shutil
-import sys
 from fnmatch import fnmatchcase
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
     FileMetadataError,
@@ -23,8 +28,9 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.logging import set_verbosity_error
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
-from command import InputError, first_line, run_command
+from command import InputError, Parser, first_line, run_command
 from files import locked
+from values import filled
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 WEIGHTS = ("*.safetensors*", "*.bin*")  # the first of which a repository has any is taken
@@ -143,9 +149,13 @@ def suspects() -> str:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__)
+    p = Parser(description=__doc__)
     p.add_argument("repo", help=f"such as {EXAMPLE}")
-    p.add_argument("--hf_token", help="access token for gated repositories (default: the one `hf auth login` stored)")
+    p.add_argument(
+        "--hf_token",
+        type=filled,
+        help="access token for gated repositories (default: the one `hf auth login` stored)",
+    )
     args = p.parse_args()
     print(f"downloaded {download(args.repo, args.hf_token)}")
 

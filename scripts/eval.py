@@ -29,9 +29,9 @@ from typing import Any
 import torch
 
 import tasks
-from command import InputError, Parser, check_writable, run_command
+from command import InputError, Parser, run_command
 from drafters import check_precision
-from files import read_text, write_text
+from files import check_writable, read_text, write_text
 from generate import CHECKPOINTS, DRAFT_LENGTH, Decoder, Sampling, load
 from model import SIZES, Transformer
 from tokenizer import Tokenizer

@@ -10,7 +10,8 @@ if __name__ == "__main__":
     begin()
 
 import tasks
-from command import InputError, Parser, check_writable, run_command
+from command import InputError, Parser, run_command
+from files import check_writable
 from train_log import Line, read_log
 from values import filled_path
 

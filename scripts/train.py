@@ -50,8 +50,8 @@ from command import InputError, Parser, check_memory
 from data import Sources, is_held_out, load, pack, window
 from files import locked, replacing
 from model import ModelConfig, Transformer
+from ranks import Shard, run_command, start
 from tokenizer import Tokenizer
-from tp import Shard, run_command, start
 from train_log import Evaluation, Report, print_table
 from train_options import add_options, check_args, default_precision
 
@@ -518,7 +518,8 @@ def optimizer_step(optimizers: list[Optimizer], learning_rate: float) -> None:
 STATE_FILE = "train_state.pth"
 
 # Options that may differ between an interrupted run and the one that resumes it. With the same options the run goes on
-# exactly as before. The number of steps and the exits' weights are here so that they can be changed on purpose.
+# exactly as before. The number of steps, the learning rate and the exits' weights are here so that they can be changed
+# on purpose.
 FREE_TO_CHANGE = {
     "resume",
     "save_every",
@@ -533,6 +534,7 @@ FREE_TO_CHANGE = {
     "out",
     "device",
     "steps",
+    "lr",
     "rotation",
     "exit_scale",
     "exit_power",

@@ -38,6 +38,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--include",
+        type=filled,
         default="*",
         help="in folders, take the files whose names match this pattern (default: %(default)s)",
     )

@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 LONGEST = [
     "test_tp",
+    "test_faults",
     "test_smollm2",
     "test_generate",
     "test_train",

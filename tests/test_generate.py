@@ -383,7 +383,8 @@ def test_a_round_is_recorded_once_and_again_when_the_caches_move(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("plain_pytorch")
-def test_nothing_recompiles_over_two_hundred_rounds():
+def test_nothing_recompiles_over_two_hundred_rounds(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # all that decides to recompile
     torch._dynamo.reset()
     decoder = Decoder(tiny_model(context=1200, n_layer=2), exit_layer=1, k=2, compile=True, sampling=Sampling(1.0))
     list(decoder.generate(PROMPT, 20))
@@ -587,7 +588,7 @@ def test_a_decoder_is_freed_with_its_last_reference(how, monkeypatch):
     """Or else two models would be in memory at once where one follows the other."""
     if how.get("compile"):
         monkeypatch.setattr(kernels, "enabled", False)  # with the CPU's kernels there is nothing to compile
-    decoder = Decoder(tiny_model(), **how)
+    decoder = Decoder(tiny_model(n_layer=2), **how)
     list(decoder.generate(PROMPT, 10))
     gone = [weakref.ref(decoder), weakref.ref(decoder.model)]
     gc.disable()
@@ -664,16 +665,6 @@ def test_drafts_are_dimmed_and_overwritten(capsys, monkeypatch):
     assert display.column == 2
 
 
-def cli(*args, cwd=ROOT, env=None):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "generate.py"), *map(str, args)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, **(env or {})},
-    )
-
-
 # What --json has, of a run and of each of its samples.
 REPORT = {
     "samples",
@@ -702,10 +693,10 @@ SAMPLE = {
 
 @pytest.mark.slow
 def test_command_line_reports_what_it_did(checkpoint, tmp_path):
-    path = checkpoint("llama2")
-    result = cli(
+    result = call(
+        generate.main,
         "--checkpoint_path",
-        path,
+        checkpoint("llama2"),
         "--prompt",
         "def f1(x):",
         "--num_samples",
@@ -811,21 +802,15 @@ def test_stop_strings_end_a_sample(checkpoint):
 
 @pytest.mark.slow
 def test_interactive_goes_on_after_a_bad_prompt(checkpoint):
-    path = checkpoint("llama2")
-    result = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "generate.py"),
-            "--checkpoint_path",
-            str(path),
-            "--interactive",
-            "--self_speculative",
-            "--max_new_tokens",
-            "8",
-        ],
+    result = call(
+        generate.main,
+        "--checkpoint_path",
+        checkpoint("llama2"),
+        "--interactive",
+        "--self_speculative",
+        "--max_new_tokens",
+        "8",
         input="def f1\n" + "x" * 2000 + "\nreturn\n",
-        capture_output=True,
-        text=True,
     )
     assert result.returncode == 0 and result.stdout.count("tokens/sec") + result.stdout.count("no decoding step") == 2
     assert "there is room for 128" in result.stdout
@@ -901,5 +886,6 @@ def test_without_kernels_drafts_are_chosen_with_the_head_itself(checkpoint, monk
 
 @pytest.mark.slow
 def test_the_process_itself_exits_with_one_line():
-    result = cli("--checkpoint_path", "nowhere/model.pth")
+    command = [sys.executable, str(ROOT / "generate.py"), "--checkpoint_path", "nowhere/model.pth"]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr

@@ -36,6 +36,7 @@ def test_the_documented_commands_run_word_for_word(hf_folder, tmp_path):
         "early.py",
         "files.py",
         "quantize.py",
+        "ranks.py",
         "tp.py",
         "generate.py",
         "tokenizer.py",
@@ -97,7 +98,7 @@ def test_benchmark(checkpoint, tmp_path):
         f"--checkpoint_path {checkpoint('llama2')} --task {tmp_path}/prompts.jsonl --max_new_tokens 20 "
         f"--early_exit 1 2 --speculate_k 2 --repeats 2 --no-compile --json {tmp_path}/out.json"
     )
-    result = shell(f"python scripts/benchmark.py {args}")
+    result = call(benchmark.main, *args.split())
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "out.json").read_text())
     assert "self E=2 K=2" in result.stdout and "the same, token for token" in result.stdout

@@ -17,7 +17,7 @@ from generate import Conversation, Decoder, Ending, run_sample
 pytestmark = pytest.mark.slow
 
 
-NEW_TOKENS = 64
+NEW_TOKENS = 48
 HOW = [dict(), dict(exit_layer=10, k=2)]
 TEXTS = {
     "prose": "The capital of France is",
@@ -83,7 +83,7 @@ def written(model, prompts):
     """
     ours, tokenizer = model.ours
     ending = Ending.of(ours, tokenizer, NEW_TOKENS)
-    decoders = [Decoder(ours, rows=6000, **how) for how in HOW]
+    decoders = [Decoder(ours, rows=3000, **how) for how in HOW]
     return {
         name: [
             (run_sample(decoder, tokenizer, ids, ending, reuse=i > 0), decoder.stats.tokens)

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import torch
 
+import ranks
 import tp
 from command import InputError
 
@@ -28,7 +29,7 @@ ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "RANK": "0", "LOC
 
 def loop():
     """Sums without end, once all processes have met."""
-    shard = tp.start()
+    shard = ranks.start()
     os.write(1, f"ready {shard.rank} {os.getpid()}\n".encode())
     while True:
         tp.all_reduce(torch.ones(1, 4), shard)
@@ -41,7 +42,7 @@ def run_forked(folder, name, variables):
     os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), 2)
     code = 0
     try:
-        tp.run_command(loop)
+        ranks.run_command(loop)
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr, flush=True)
@@ -54,9 +55,9 @@ def fork(folder, patience, jobs):
 
     Keeps their store, as torchrun does, if they expect that.
     """
-    tp.PATIENCE = timedelta(seconds=patience)
-    tp.TIMEOUT = timedelta(seconds=2)
-    tp.GRACE = 2.0
+    ranks.PATIENCE = timedelta(seconds=patience)
+    ranks.TIMEOUT = timedelta(seconds=2)
+    ranks.GRACE = 2.0
     children = {}
     for name, variables in jobs.items():
         child = os.fork()
@@ -74,7 +75,7 @@ if __name__ == "__main__":
     if sys.argv[1:]:
         fork(Path(sys.argv[1]), float(sys.argv[2]), json.loads(sys.argv[3]))
     else:
-        tp.run_command(loop, watch="UNWATCHED" not in os.environ)
+        ranks.run_command(loop, watch="UNWATCHED" not in os.environ)
     sys.exit()
 
 import tasks  # noqa: E402 (the processes above don't need it)
@@ -98,7 +99,7 @@ def environment(monkeypatch):
 @pytest.mark.parametrize("size", ["", "abc", "0", "-1", "1.5", " 2", "99999", "9" * 5000, "٢"])
 def test_an_odd_world_size_is_one_line_everywhere(size, environment):
     environment(WORLD_SIZE=size)
-    for command in (tp.start.__wrapped__, lambda: tasks.check_machine("cpu")):
+    for command in (ranks.start.__wrapped__, lambda: tasks.check_machine("cpu")):
         with pytest.raises(InputError) as caught:
             command()
         assert str(caught.value).startswith(f"WORLD_SIZE is {size!r}, not a number from 1 to ")
@@ -107,7 +108,7 @@ def test_an_odd_world_size_is_one_line_everywhere(size, environment):
 def test_one_process_needs_nothing_else(environment):
     for size in ("1", None):
         environment(WORLD_SIZE=size, RANK="x", LOCAL_RANK=None, MASTER_ADDR=None, MASTER_PORT="x")
-        assert tp.start.__wrapped__() == tp.Shard() and tp.world_size() == 1
+        assert ranks.start.__wrapped__() == ranks.Shard() and ranks.world_size() == 1
         tasks.check_machine("cpu")
 
 
@@ -137,7 +138,7 @@ def test_measuring_is_for_one_process(environment):
 def test_odd_variables_are_one_line(name, value, words, environment):
     environment(**{name: value})
     with pytest.raises(InputError) as caught:
-        tp.start.__wrapped__()
+        ranks.start.__wrapped__()
     message = str(caught.value)
     assert message.startswith("WORLD_SIZE is 2, but this is not one of 2 processes that torchrun started (")
     assert words in message and "\n" not in message
@@ -145,10 +146,10 @@ def test_odd_variables_are_one_line(name, value, words, environment):
 
 def test_each_process_needs_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert tp.Shard(5, 8, local=1).device("cuda") == "cuda:1"
-    assert tp.Shard(5, 8, local=2).device("cpu") == "cpu" and tp.Shard().device("cuda") == "cuda"
+    assert ranks.Shard(5, 8, local=1).device("cuda") == "cuda:1"
+    assert ranks.Shard(5, 8, local=2).device("cpu") == "cpu" and ranks.Shard().device("cuda") == "cuda"
     with pytest.raises(InputError, match="--device cuda: 2 GPUs here, but at least 3 processes"):
-        tp.Shard(5, 8, local=2).device("cuda")
+        ranks.Shard(5, 8, local=2).device("cuda")
 
 
 def test_a_message_names_who_is_silent(monkeypatch):
@@ -159,7 +160,7 @@ def test_a_message_names_who_is_silent(monkeypatch):
     monkeypatch.setattr(torch.distributed.HashStore, "clone", lambda self: self, raising=False)
     monkeypatch.setattr(tp, "deadline", lambda *args: None)
     error = RuntimeError("[/gloo/buffer.cc:78] Timed out waiting 2000ms for recv. And more\nframes")
-    message = tp.Shard(0, 4, store=store).lost_contact(error)
+    message = ranks.Shard(0, 4, store=store).lost_contact(error)
     reason = "Timed out waiting 2000ms for recv"
     assert message == f"error: lost contact with process 1, 3: killed, stopped, or too slow ({reason})"
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import generate
 import kernels
-import tp
+import ranks
 from checkpoint import load_model, save_checkpoint
 from command import InputError
 from generate import Decoder, Sampling
@@ -108,9 +108,35 @@ class Counting(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+def status(key):
+    """Bytes, by a key of /proc/self/status."""
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+
+def memory(load):
+    """((the most bytes while the checkpoint "large" is loaded, those it then takes), the bytes of each tensor)."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = status("VmRSS")
+    large = load("large", dtype=torch.bfloat16)
+    used = status("VmHWM") - before, status("VmRSS") - before
+    return used, {name: t.nbytes for name, t in large.state_dict().items()}
+
+
+def printed(path, args):
+    """What generate.py prints, an error included."""
+    common = ["--prompt", "def", "--num_samples", "1", "--max_new_tokens", "12", "--json", "-"]
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        try:
+            generate.main(["--checkpoint_path", str(path), *common, *args])
+        except InputError as error:
+            print(error)
+    return output.getvalue()
+
+
 def worker(folder):
     """One rank: everything that the tests below look at, into folder/RANK.pt."""
-    shard = tp.start()
+    shard = ranks.start()
 
     def load(name, **how):
         return load_model(folder / name / "model.pth", shard=shard, **how)
@@ -136,37 +162,9 @@ def worker(folder):
         found["compiled"] = decode(short, None, exit_layer=1, k=2, compile=True, compile_prefill=True)
         kernels.enabled = True
 
-    def status(key):
-        return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = status("VmRSS")
-    large = load("large", dtype=torch.bfloat16)
-    found["memory"] = status("VmHWM") - before, status("VmRSS") - before
-    found["bytes"] = {name: t.nbytes for name, t in large.state_dict().items()}
-    path = str(folder / "llama3" / "model.pth")
+    found["memory"], found["bytes"] = memory(load)
     for name, args in list(MAIN.items())[shard.size // 4 :]:  # auto takes a while
-        output = io.StringIO()
-        with contextlib.redirect_stdout(output):
-            try:
-                generate.main(
-                    [
-                        "--checkpoint_path",
-                        path,
-                        "--prompt",
-                        "def",
-                        "--num_samples",
-                        "1",
-                        "--max_new_tokens",
-                        "12",
-                        "--json",
-                        "-",
-                        *args,
-                    ]
-                )
-            except InputError as error:
-                print(error)
-        found["main", name] = output.getvalue()
+        found["main", name] = printed(folder / "llama3" / "model.pth", args)
     torch.save(found, folder / f"{shard.size}-{shard.rank}.pt")
 
 
@@ -378,7 +376,7 @@ def test_interactive(folder):
     )
 
 
-def ranks(process):
+def ranks_of(process):
     """The process ids of what torchrun started, in the order of the ranks."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
@@ -409,7 +407,7 @@ def test_a_killed_rank_ends_all(killed, interactive, forking, folder):
         for line in process.stdout:
             if line.startswith(("Time for inference 1", "Type a prompt")):
                 break
-        everyone = ranks(process)
+        everyone = ranks_of(process)
         began = time.monotonic()
         os.kill(everyone[killed], signal.SIGKILL)
         code, _, errors = settle(process, 30)
@@ -424,7 +422,7 @@ def test_a_killed_rank_ends_all(killed, interactive, forking, folder):
 
 def test_a_signal_is_told_once_even_while_python_runs(monkeypatch):
     """The handler of a command that runs alone would end the process first, without a word."""
-    shard, told, failed = tp.Shard(0, 2), [], threading.Event()
+    shard, told, failed = ranks.Shard(0, 2), [], threading.Event()
 
     def fail(why):
         told.append(why)
@@ -435,15 +433,15 @@ def test_a_signal_is_told_once_even_while_python_runs(monkeypatch):
         assert failed.wait(30)
 
     for thing, name, value in (
-        (tp, "start", lambda: shard),
+        (ranks, "start", lambda: shard),
         (shard, "fail", fail),
         (shard, "gather", lambda value: None),
-        (tp.dist, "destroy_process_group", lambda: None),
+        (ranks.dist, "destroy_process_group", lambda: None),
     ):
         monkeypatch.setattr(thing, name, value)
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        tp.run_command(main)
+        ranks.run_command(main)
     finally:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, handler)
@@ -504,5 +502,5 @@ def test_what_does_not_divide_is_one_line(name, size, words, folder, tmp_path):
         config, path = replace(config, **configs[name]), tmp_path / "model.pth"
         save_checkpoint(path, dict(Transformer(config).state_dict()), config)
     with pytest.raises(InputError) as error:
-        load_model(path, shard=tp.Shard(1, size))
+        load_model(path, shard=ranks.Shard(1, size))
     assert words in str(error.value) and "\n" not in str(error.value)

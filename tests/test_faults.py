@@ -1,0 +1,739 @@
+"""Bad input of all kinds. Whatever is wrong, a command ends in one line that says what, and leaves nothing behind.
+
+Tables say what is given and what the line must have in it. What options and fields there are is not listed here: it is
+asked of the code, so that a new one is tested too.
+"""
+
+import argparse
+import base64
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import benchmark
+import convert_gguf
+import convert_hf_checkpoint
+import correctness
+import eval as evaluation
+import export_hf_checkpoint
+import generate
+import quantize
+import sweep
+import tasks
+import train
+import tune
+from checkpoint import load_config
+from command import InputError, Parser
+from conftest import ROOT, call, edit_json
+from files import parse_json
+from model import ModelConfig
+from tokenizer import Tokenizer
+from values import Number, filled, filled_path
+
+COMMANDS = {
+    module.__name__: module.main
+    for module in (
+        benchmark,
+        convert_gguf,
+        convert_hf_checkpoint,
+        correctness,
+        evaluation,
+        export_hf_checkpoint,
+        generate,
+        quantize,
+        sweep,
+        train,
+    )
+}
+FEW = settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+
+
+def state(folder):
+    """All files below a folder, with what tells a new version of one."""
+    found = {}
+    for path in folder.rglob("*"):
+        stat = path.lstat()
+        if not path.is_dir():
+            found[str(path)] = stat.st_size, stat.st_mtime_ns
+    return found
+
+
+def check_fault(folder, words, main, *args, **how):
+    """Run a command, which must end in one line with the words, and leave the folder as it is."""
+    before = state(folder)
+    result = call(main, *args, **how)
+    lines = result.stderr.splitlines()
+    assert result.returncode == 1 and len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ") and words in lines[0], lines[0]
+    assert state(folder) == before
+
+
+@pytest.fixture
+def folder(hf_folder, checkpoint, tmp_path):
+    """A folder in Hugging Face's layout, converted."""
+    checkpoint("llama2")
+    copy = tmp_path / "folder"
+    shutil.copytree(hf_folder("llama2")[0], copy)
+    return copy
+
+
+# Options. Each is asked for its type, which says what it must refuse.
+
+
+class Parsed(Exception):
+    pass
+
+
+def options(main):
+    """The options of a command: argparse's actions."""
+
+    def stop(self, args=None, namespace=None):
+        raise Parsed(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        patch.setattr(sys, "argv", ["command"])
+        with pytest.raises(Parsed) as caught:
+            main()
+    parser = caught.value.args[0]
+    assert isinstance(parser, Parser)
+    return [action for action in parser._actions if action.nargs != 0 and not action.choices or action.type]
+
+
+TYPED = [(name, action) for name, main in COMMANDS.items() for action in options(main)]
+TEXTS = {"prompt", "system", "stop", "device", "exclude", "tasks"}  # which may be anything, also empty
+NUMBERS = ["", "x", "nan", "inf", "-inf", "1e400", str(10**30), str(-(10**30)), "9" * 5000, "1e", "0x10", "\0", "٣x"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_a_type_that_refuses_what_can_not_be(name, tmp_path):
+    for _, action in [typed for typed in TYPED if typed[0] == name]:
+        if action.type is None:
+            assert action.dest in TEXTS
+            continue
+        option = action.option_strings[0] if action.option_strings else None
+        if action.type in (filled, filled_path):
+            bad, words = ["", " ", "a\0b"], ""
+        else:
+            bad, words = NUMBERS, "must be"
+            assert isinstance(action.type, Number), option
+        for value in bad:
+            given = [f"{option}={value}"] if option else [value]
+            check_fault(tmp_path, words, COMMANDS[name], *given)
+            check_fault(tmp_path, option or action.dest, COMMANDS[name], *given)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_number_has_a_least_and_a_largest_value(name, tmp_path):
+    for _, action in [typed for typed in TYPED if typed[0] == name]:
+        if not isinstance(action.type, Number):
+            continue
+        below, above = action.type.least - 1, action.type.most + 1
+        assert math.isfinite(below) and math.isfinite(above)
+        for value in (below, above, float(below), 2.5 if action.type.read is int else above):
+            words = f"{action.option_strings[0]}"
+            check_fault(tmp_path, words, COMMANDS[name], f"{action.option_strings[0]}={value}")
+        for value in (action.type.least, action.type.most):
+            assert action.type(str(value)) == value
+
+
+PLAIN = [
+    (generate.main, ["--temperature", "nan"], "--temperature nan: must be a number"),
+    (generate.main, ["--speculate_k", "automatic"], "must be a whole number from 1 to 15"),
+    (generate.main, ["--seed", str(2**70)], "--seed 1180591620717411303424: must be"),
+    (generate.main, ["--nonsense"], "unrecognized arguments: --nonsense"),
+    (generate.main, ["--json"], "--json expected one argument"),
+    (generate.main, ["--checkpoint_path", "."], ".: not"),
+    (generate.main, ["--checkpoint_path", "x" * 300 + "/model.pth"], "File name too long"),
+    (generate.main, ["--checkpoint_path", "two\nlines.pth"], "two lines.pth: not found"),
+    (generate.main, ["--prompt_file", "two\nlines"], "two lines: can't be read"),
+    (generate.main, ["--prompt_file", "."], "--prompt_file .: is a folder"),
+    (generate.main, ["--prompt_file", "/dev/zero"], "--prompt_file /dev/zero: not a regular file"),
+    (generate.main, ["--top_p", "0"], "--top_p 0.0: must be above 0"),
+    (quantize.main, [], "required: --checkpoint_path"),
+    (quantize.main, ["--mode", "int5"], "--mode invalid choice"),
+    (train.main, ["--data", "", "--out", "x"], "--data is empty"),
+    (train.main, ["--data", "x", "", "--out", "x"], "--data is empty"),
+    (train.main, ["--data", ".", "--out", ""], "--out is empty"),
+    (train.main, ["--data", ".", "--out", "x", "--context", str(10**12)], "--context 1000000000000: must be"),
+    (train.main, ["--data", ".", "--out", "x", "--device", "cpu", "--include", "/x"], "--include /x: not a pattern"),
+    (train.main, ["--data", ".", "--out", "x", "--device", "cpu", "--include", ""], "--include is empty"),
+    (train.main, ["--data", "x" * 300, "--out", "x", "--device", "cpu"], "File name too long"),
+    (train.main, ["--data", ".", "--out", "x", "--dim", "10", "--n_head", "3"], "--dim 10: must be an even multiple"),
+    (train.main, ["--data", ".", "--out", "x", "--n_head", "1", "--n_kv_head", "2"], "--n_kv_head 2: must divide"),
+]
+
+
+@pytest.mark.parametrize("main,args,words", PLAIN, ids=lambda value: str(value)[:40] if isinstance(value, list) else "")
+def test_bad_options_end_in_one_line(main, args, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_fault(tmp_path, words, main, *args)
+
+
+@FEW
+@given(st.sampled_from([typed for typed in TYPED if typed[0] == "generate"]), st.text())
+def test_any_text_as_an_option_is_taken_or_refused(typed, text):
+    with suppress(InputError, SystemExit):
+        generate.parse_args([f"{typed[1].option_strings[0]}={text}"])
+
+
+def test_a_model_too_large_for_memory_is_refused_before_it_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("def f(x): return x\n" * 400)
+    size = ["--dim", "65536", "--n_head", "8", "--n_layer", "500", "--intermediate_size", "65536"]
+    result = call(
+        train.main,
+        "--data",
+        "text.txt",
+        "--out",
+        "out",
+        "--vocab_size",
+        "290",
+        "--context",
+        "16",
+        "--device",
+        "cpu",
+        *size,
+    )
+    assert result.returncode == 1 and "a model of this size needs" in result.stderr, result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+# Files of JSON. Each is damaged in each way.
+
+CONTENTS = {
+    "nothing": b"",
+    "half an object": b'{"a": ',
+    "nested too deeply": b"[" * 200_000 + b"]" * 200_000,
+    "objects nested too deeply": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+    "not a number": b'{"vocab_size": NaN, "prompt": "x"}',
+    "infinity": b'{"vocab_size": -Infinity, "prompt": "x"}',
+    "a number too large": b'{"vocab_size": 1e400, "prompt": "x"}',
+    "a number of too many digits": b'{"vocab_size": ' + b"9" * 5000 + b"}",
+    "a field twice": b'{"vocab_size": 1, "vocab_size": 1, "prompt": "x"}',
+    "not UTF-8": b'{"prompt": "\xff"}',
+    "UTF-16": '{"prompt": "x"}'.encode("utf-16"),
+    "NUL characters": b"\0" * 100,
+    "a text": b'"prompt"',
+    "null": b"null",
+    "a number": b"3",
+    "lists in a list": b"[[]]",
+}
+
+
+def no_regular_file(path, kind):
+    """Put something there that can't be read as a file is."""
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        target = {"endless": "/dev/zero", "broken link": "nowhere", "loop": path.name}[kind]
+        path.symlink_to(target)
+
+
+KINDS = ["folder", "pipe", "endless", "broken link", "loop"]
+GENERATE = ["--max_new_tokens", "2", "--num_samples", "1", "--device", "cpu"]
+AUTO = ["--self_speculative", "--early_exit", "auto", "--speculate_k", "auto", "--temperature", "0"]
+GPTQ = ["--mode", "int4-gptq", "--groupsize", "32", "--device", "cpu"]
+
+
+def use(folder, name):
+    """(main, arguments) of a command that reads this file of a checkpoint folder."""
+    model = folder / "model.pth"
+    if name == "model.tune.json":
+        return generate.main, ["--checkpoint_path", model, *GENERATE, *AUTO]
+    if name == "model.json":
+        return generate.main, ["--checkpoint_path", model, *GENERATE]
+    if name == "prompts.jsonl":
+        return quantize.main, ["--checkpoint_path", model, *GPTQ, "--calibration", folder / name]
+    if name == "task.jsonl":
+        return correctness.main, ["--checkpoint_path", model, "--task", folder / name, "--device", "cpu"]
+    return convert_hf_checkpoint.main, ["--checkpoint_dir", folder]
+
+
+FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "model.json",
+    "model.tune.json",
+    "prompts.jsonl",
+    "task.jsonl",
+]
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize("name", FILES)
+def test_files_that_are_not_the_json_they_should_be(name, content, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / name).write_bytes(CONTENTS[content])
+    main, args = use(folder, name)
+    check_fault(folder, name, main, *args)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [*FILES, "tokenizer.model", "model.safetensors", "chat_template.jinja", "model.pth"])
+def test_files_that_are_no_files(name, kind, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / name).unlink(missing_ok=True)
+    no_regular_file(folder / name, kind)
+    main, args = use(folder, name)
+    if name == "model.pth":
+        main, args = use(folder, "model.json")
+    if name in ("prompts.jsonl", "task.jsonl") and kind == "pipe":
+        return  # a user may hand over <(command)
+    signal.alarm(20)
+    try:
+        check_fault(folder, "", main, *args)
+    finally:
+        signal.alarm(0)
+
+
+# Fields.
+
+WRONG = [True, 1.5, -1, 0, 10**40, 2**70, "4", "", [1], {}, [[]], {"a": 1}]
+
+
+@pytest.mark.parametrize("field", convert_hf_checkpoint.CONFIG)
+def test_fields_of_config_json(field, folder):
+    kind = convert_hf_checkpoint.CONFIG[field]
+    for value in [wrong for wrong in WRONG if not kind.allows(wrong)]:
+        shutil.copy(folder / "config.json", folder / "kept.json")
+        edit_json(folder / "config.json", **{field: value})
+        check_fault(folder, f"config.json: {field} is", convert_hf_checkpoint.main, "--checkpoint_dir", folder)
+        (folder / "kept.json").replace(folder / "config.json")
+
+
+@pytest.mark.parametrize("field", ModelConfig.__dataclass_fields__)
+def test_fields_of_model_json(field, folder):
+    path = folder / "model.json"
+    values = json.loads(path.read_text())
+    refused = 0
+    for value in [*WRONG, None]:
+        path.write_text(json.dumps({**values, field: value}))
+        try:
+            load_config(path)
+        except InputError as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error) and field.split("_")[-1] in str(error)
+            refused += 1
+    assert refused >= 4
+    path.write_text(json.dumps({name: v for name, v in values.items() if name != field}))
+    with pytest.raises(InputError, match=f"field '{field}' is missing"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("field", [*tune.FIELDS])
+def test_fields_of_stored_settings(field, folder):
+    entry = dict(device="cpu", precision="float32", compile=False, greedy=True, exit_layer=1, k=1)
+    for value in [wrong for wrong in WRONG if not tune.FIELDS[field].allows(wrong)]:
+        (folder / "model.tune.json").write_text(json.dumps([entry, {**entry, field: value}]))
+        main, args = use(folder, "model.tune.json")
+        check_fault(folder, f"model.tune.json, entry 2: {field} is", main, *args)
+
+
+TOKENIZER_FIELDS = [
+    ("tokenizer_config.json", {"tokenizer_class": 3}),
+    ("tokenizer_config.json", {"add_bos_token": "false"}),
+    ("tokenizer_config.json", {"legacy": 0}),
+    ("tokenizer_config.json", {"bos_token": 3}),
+    ("tokenizer_config.json", {"bos_token": {"content": 3}}),
+    ("tokenizer_config.json", {"bos_token": {"content": "<s>", "lstrip": "no"}}),
+    ("tokenizer_config.json", {"additional_special_tokens": [3]}),
+    ("tokenizer_config.json", {"extra_special_tokens": 3}),
+    ("tokenizer_config.json", {"chat_template": 3}),
+    ("tokenizer_config.json", {"added_tokens_decoder": [3]}),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"3": {"content": None}}}),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"1" * 40: {"content": "a"}}}),
+    ("special_tokens_map.json", {"bos_token": {"text": "a"}}),
+    ("special_tokens_map.json", {"additional_special_tokens": 3}),
+    ("added_tokens.json", {"<pad>": "300"}),
+    ("added_tokens.json", {"<pad>": 1.5}),
+    ("added_tokens.json", {"<pad>": -1}),
+    ("added_tokens.json", {"<pad>": 10**40}),
+    ("added_tokens.json", {"<pad>": None}),
+    ("generation_config.json", {"eos_token_id": "2"}),
+    ("generation_config.json", {"eos_token_id": [2, None]}),
+    ("generation_config.json", {"eos_token_id": 10**40}),
+    ("model.safetensors.index.json", {"weight_map": []}),
+    ("model.safetensors.index.json", {"weight_map": {"a": 3}}),
+    ("config.json", {"model_type": "llama", "vocab_size": 10**5}),
+]
+
+
+@pytest.mark.parametrize("name,values", TOKENIZER_FIELDS, ids=lambda value: str(value)[:60])
+def test_fields_of_the_other_files(name, values, folder):
+    (folder / name).write_text(json.dumps(values))
+    check_fault(folder, name.split(".")[0], convert_hf_checkpoint.main, "--checkpoint_dir", folder)
+
+
+def test_what_is_common_in_the_wild_is_taken(folder):
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 10**30, "bos_token": "<s>"}))
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        path = folder / name
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    result = call(convert_hf_checkpoint.main, "--checkpoint_dir", folder)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("columns", [benchmark.COLUMNS, correctness.GREEDY, correctness.SAMPLED, sweep.COLUMNS])
+def test_rows_of_results(columns, tmp_path):
+    path = tmp_path / "r.jsonl"
+    good = {name: next(value for value in [1, "x", []] if kind.allows(value)) for name, kind in columns.items()}
+    path.write_text("{}\n" + json.dumps(good) + "\n")
+    assert tasks.Results(tmp_path / "r", {}, columns).rows == [good]
+    for name, kind in columns.items():
+        for value in [wrong for wrong in [*WRONG, None] if not kind.allows(wrong)]:
+            path.write_text("{}\n" + json.dumps({**good, name: value}) + "\n")
+            with pytest.raises(InputError, match=f"r.jsonl, line 2: {name} is "):
+                tasks.Results(tmp_path / "r", {}, columns)
+    for content in [content for content in CONTENTS.values() if content]:
+        path.write_bytes(b"{}\n" + content + b"\n")
+        with pytest.raises(InputError, match="r.jsonl"):
+            tasks.Results(tmp_path / "r", {}, columns)
+
+
+ROWS = [b'{"prompt": 3}', b'{"text": "x"}', b'{"prompt": "x", "reference": 3}', b'{"prompt": "x"}\n{"prompt": null}']
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_rows_of_prompts(rows, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for name in ("prompts.jsonl", "task.jsonl"):
+        (folder / name).write_bytes(rows)
+        main, args = use(folder, name)
+        check_fault(folder, f"{name}, line {rows.count(10) + 1}: ", main, *args)
+
+
+@FEW
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=5))
+def test_any_value_as_json_is_read_or_refused(value):
+    text = json.dumps(value)
+    with suppress(ValueError):
+        assert parse_json(text) == value
+    assert not isinstance(value, float) or math.isfinite(value) or pytest.raises(ValueError, parse_json, text)
+
+
+@FEW
+@given(
+    st.sampled_from(["config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]),
+    st.dictionaries(
+        st.sampled_from([*convert_hf_checkpoint.CONFIG, "tokenizer_class", "added_tokens_decoder", "pad_token"]),
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.lists(st.integers(), max_size=2),
+    ),
+)
+def test_any_fields_are_read_or_refused(shared, name, values):
+    before = json.loads((shared / name).read_text()) if (shared / name).exists() else {}
+    (shared / "other").mkdir(exist_ok=True)
+    for file in shared.iterdir():
+        if file.is_file() and "safetensors" not in file.name:
+            shutil.copy(file, shared / "other")
+    (shared / "other" / name).write_text(json.dumps({**before, **values}))
+    with suppress(InputError):
+        convert_hf_checkpoint.read_config(shared / "other")
+    shutil.rmtree(shared / "other")
+
+
+@pytest.fixture(scope="module")
+def shared(hf_folder, tmp_path_factory):
+    copy = tmp_path_factory.mktemp("shared") / "folder"
+    shutil.copytree(hf_folder("llama2")[0], copy)
+    return copy
+
+
+# Weights.
+
+
+class Stranger:
+    pass
+
+
+def bins(tensors):
+    """{what: what torch.save is given}: files that must be refused."""
+    name = "model.norm.weight"
+    rest = {key: t for key, t in tensors.items() if key != name}
+    return {
+        "nested in state_dict": {"state_dict": tensors},
+        "nested in model": {"model": tensors, "step": 3},
+        "a list": list(tensors.values()),
+        "one tensor": torch.zeros(3),
+        "nothing": {},
+        "a number among them": {**tensors, "step": 3},
+        "names that are numbers": {**tensors, 3: torch.zeros(3)},
+        "code": {**tensors, "code": Stranger()},
+        "a function": {**tensors, "code": os.system},
+        "sparse": {**rest, name: torch.ones(64).to_sparse()},
+        "quantized": {**rest, name: torch.quantize_per_tensor(torch.ones(64), 0.1, 0, torch.qint8)},
+        "meta": {**rest, name: torch.ones(64, device="meta")},
+        "complex": {**rest, name: torch.ones(64, dtype=torch.complex64)},
+        "boolean": {**rest, name: torch.ones(64, dtype=torch.bool)},
+        "a scalar": {**rest, name: torch.ones(())},
+        "empty": {**rest, name: torch.ones(0)},
+    }
+
+
+BINS = list(bins({}))
+
+
+def tensors_of(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("what", BINS)
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_bin_files_with_something_else_are_refused(what, zipped, folder):
+    content = bins(tensors_of(folder))[what]
+    (folder / "model.safetensors").unlink()
+    torch.save(content, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    check_fault(folder, "", convert_hf_checkpoint.main, "--checkpoint_dir", folder)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_bin_files_of_older_savers_convert_to_the_same(zipped, folder):
+    expected = torch.load(folder / "model.pth", weights_only=True)
+    tensors = tensors_of(folder)
+    (folder / "model.safetensors").unlink()
+    whole = torch.cat([tensors["model.norm.weight"], tensors["model.layers.0.input_layernorm.weight"]])
+    odd = {name: nn.Parameter(t) for name, t in tensors.items()}
+    odd["model.norm.weight"] = whole[:64]  # two views of one storage
+    odd["model.layers.0.input_layernorm.weight"] = whole[64:]
+    odd["lm_head.weight"] = tensors["lm_head.weight"].T.contiguous().T
+    torch.save(odd, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    (folder / "model.pth").unlink()
+    result = call(convert_hf_checkpoint.main, "--checkpoint_dir", folder)
+    assert result.returncode == 0, result.stderr
+    found = torch.load(folder / "model.pth", weights_only=True)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@FEW
+@given(st.binary(max_size=200), st.integers(0, 2**64 - 1) | st.integers(0, 300), st.booleans())
+def test_any_header_of_safetensors_is_read_or_refused(shared, header, length, own_length):
+    path = shared / "any.safetensors"
+    path.write_bytes((len(header) if own_length else length).to_bytes(8, "little") + header)
+    with suppress(InputError):
+        convert_hf_checkpoint.read_weights([path])
+
+
+# Tokenizers that fail when they are used.
+
+
+def panicking(folder, **change):
+    """A tokenizer.json of which every part can be read."""
+    tokenizer = json.loads(Tokenizer.load(folder).backend.to_str())
+    (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, **change}))
+
+
+PANICS = {
+    "a pattern that takes for ever": dict(
+        normalizer={"type": "Replace", "pattern": {"Regex": "(a*)*$"}, "content": ""}
+    ),
+    "a special token that isn't there": dict(
+        post_processor={
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "X", "type_id": 0}}],
+            "pair": [],
+            "special_tokens": {},
+        }
+    ),
+    "pieces of no length": dict(pre_tokenizer={"type": "FixedLength", "length": 0}),
+    "an unknown word": dict(model={"type": "WordLevel", "vocab": {"b": 0}, "unk_token": "u"}),
+}
+
+
+@pytest.mark.parametrize("what", PANICS)
+def test_a_tokenizer_that_panics_when_it_is_used_is_one_line(what, folder, capfd):
+    panicking(folder, **PANICS[what])
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    prompt = ["--prompt", "a" * 60 + "b"]
+    args = ["--checkpoint_path", folder / "model.pth", *GENERATE, *prompt]
+    check_fault(folder, str(folder), generate.main, *args)
+    assert capfd.readouterr().err == ""  # what Rust says of it itself
+
+
+def ranks(*tokens):
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in tokens)
+
+
+EVERY_BYTE = [(bytes([byte]), byte) for byte in range(256)]
+TIKTOKEN = {
+    "a byte is missing": (ranks(*EVERY_BYTE[:200]), "no token for the byte 200"),
+    "a rank twice": (ranks(*EVERY_BYTE, (b"ab", 255)), "ranks are not"),
+    "a gap": (ranks(*EVERY_BYTE, (b"ab", 300)), "ranks are not"),
+    "a rank beyond 64 bits": (ranks(*EVERY_BYTE, (b"ab", 2**70)), "ranks are not"),
+    "a negative rank": (ranks(*EVERY_BYTE, (b"ab", -1)), "ranks are not"),
+    "no rank": (ranks(*EVERY_BYTE) + b"YWI=\n", "not enough values"),
+}
+
+
+@pytest.mark.parametrize("what", TIKTOKEN)
+def test_damaged_tiktoken_files(what, folder):
+    content, words = TIKTOKEN[what]
+    (folder / "tokenizer.model").write_bytes(content)
+    check_fault(folder, words, generate.main, "--checkpoint_path", folder / "model.pth", *GENERATE)
+
+
+def test_ids_beyond_a_tokenizers_table(folder):
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.decode([10**6]) == ""
+    for ids in ([-1], [2**40]):
+        with pytest.raises(InputError, match="can't turn tokens into text"):
+            tokenizer.decode(ids)
+
+
+def test_calibration_with_the_tokenizer_of_a_larger_model(folder):
+    from conftest import write_tokenizer
+
+    (folder / "text.txt").write_text("def f1(x): return x\n" * 500)
+    config = json.loads((folder / "model.json").read_text())
+    write_tokenizer(folder, vocab_size=config["vocab_size"] + 20)
+    args = ["--checkpoint_path", folder / "model.pth", *GPTQ, "--calibration", folder / "text.txt"]
+    check_fault(folder, "they don't belong together", quantize.main, *args)
+
+
+# Training.
+
+
+@pytest.mark.parametrize("what", ["the loss", "the norm of the gradient"])
+def test_a_step_that_is_not_finite_ends_training_and_is_not_saved(what, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("def f(x): return x\n" * 400)
+    compute = train.compute_gradients
+
+    def spoil(parallel, data, schedule, step, autocast):
+        loss, losses = compute(parallel, data, schedule, step, autocast)
+        if step == 2 and what == "the loss":
+            loss = loss * math.nan
+        if step == 2 and what != "the loss":
+            next(parallel.parameters()).grad.fill_(math.inf)
+        return loss, losses
+
+    monkeypatch.setattr(train, "compute_gradients", spoil)
+    size = "--dim 32 --n_head 2 --n_layer 2 --intermediate_size 48 --context 16 --vocab_size 290 --batch_size 2"
+    how = "--device cpu --precision float32 --save_every 1 --steps 5 --eval_every 0"
+    out = tmp_path / "out"
+    result = call(train.main, "--data", tmp_path / "text.txt", "--out", out, *size.split(), *how.split())
+    line = result.stderr.splitlines()[-1]
+    assert result.returncode == 1 and line.startswith(f"error: step 3: {what} is "), result.stderr
+    saved = torch.load(out / train.STATE_FILE, weights_only=False)
+    assert saved["step"] == 2 and all(t.isfinite().all() for t in saved["model"].values())
+    assert not (out / "model.pth").exists()
+
+
+# Standard streams. One process has all imported; it forks for each case, and the fork ends as a process does.
+
+WARM = """
+import json, os, sys
+sys.path[:0] = [ROOT, ROOT + "/scripts"]
+import early, generate, quantize
+from command import run_command
+cases, folder = json.loads(sys.argv[1]), sys.argv[2]
+for number, (module, args, streams) in enumerate(cases):
+    child = os.fork()
+    if child == 0:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+for descriptor, name in enumerate(streams):
+    if name is None:
+        os.close(descriptor)
+    if name == "gone":  # a pipe whose reader has left
+        read, write = os.pipe()
+        os.dup2(write, descriptor)
+        os.close(read)
+        os.close(write)
+    elif name:
+        opened = os.open(name.format(folder, number), os.O_RDWR | os.O_CREAT)
+        if opened != descriptor:
+            os.dup2(opened, descriptor)
+            os.close(opened)
+sys.stdin = sys.stdout = sys.stderr = None
+for descriptor, name in enumerate(streams):
+    if name:
+        mode, errors = ("w", "backslashreplace") if descriptor else ("r", None)
+        stream = open(descriptor, mode, 1, "ascii", errors, closefd=False)
+        setattr(sys, ("stdin", "stdout", "stderr")[descriptor], stream)
+sys.argv = [module, *args]
+early.begin()
+run_command(dict(generate=generate, quantize=quantize)[module].main)
+"""
+NULL, OUT, ERR = "/dev/null", "{}/out{}", "{}/err{}"
+STREAMS = [  # what, command, options, its streams (None: closed), exit code, what stderr must be
+    ("no input to read", generate, [*GENERATE, "--prompt_file", "-"], [None, OUT, ERR], 0, ""),
+    ("no output, no input to converse", generate, [*GENERATE, "--interactive"], [None, None, ERR], 0, ""),
+    ("nothing at all", generate, [*GENERATE, "--prompt", "é一"], [None, None, None], 0, ""),
+    ("nothing at all, and wrong", quantize, ["--checkpoint_path", "x"], [None, None, None], 1, ""),
+    ("what ASCII hasn't", generate, [*GENERATE, "--prompt", "é一"], [NULL, OUT, ERR], 0, ""),
+    ("nor errors", generate, ["--prompt_file", "é一"], [NULL, OUT, ERR], 1, "error: --prompt_file \\xe9\\u4e00: can't"),
+    ("full", generate, [*GENERATE], [NULL, "/dev/full", ERR], 1, "error: input or output: No space left on device"),
+    ("full, and wrong", generate, ["--top_p", "7"], [NULL, "/dev/full", ERR], 1, "error: --top_p 7"),
+    ("reader gone", generate, [*GENERATE], [NULL, "gone", ERR], 141, ""),
+    ("reader of help gone", quantize, ["--help"], [NULL, "gone", ERR], 141, ""),
+    ("nowhere to say what is wrong", generate, ["--top_p", "7"], [NULL, OUT, None], 1, ""),
+    ("errors full", generate, ["--top_p", "7"], [NULL, OUT, "/dev/full"], 120, ""),  # Python's own code
+    ("reader of errors gone", generate, ["--top_p", "7"], [NULL, OUT, "gone"], 120, ""),
+]
+
+
+def test_standard_streams_that_are_closed_full_or_broken(checkpoint, tmp_path):
+    model = ["--checkpoint_path", str(checkpoint("llama2"))]
+    cases = []
+    for _, module, args, streams, *_ in STREAMS:
+        cases.append((module.__name__, args if module is quantize else [*model, *args], streams))
+    program = f"ROOT = {str(ROOT)!r}\n{WARM}"
+    command = [sys.executable, "-c", program, json.dumps(cases), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # OpenMP's threads would not be there in a fork
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    codes = list(map(int, result.stdout.split()))
+    for number, (what, _, _, streams, code, words) in enumerate(STREAMS):
+        said = (tmp_path / f"err{number}").read_text() if streams[2] == ERR else ""
+        assert codes[number] == code and said.startswith(words) and said.count("\n") == bool(words), (what, said)
+
+
+# Signals before a command has begun: while it imports PyTorch, here one that never ends.
+
+
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_during_the_imports_are_silent(number, code, tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("print('here', flush=True)\nimport time\ntime.sleep(60)\n")
+    scripts = [ROOT / f"{name}.py" for name in ("generate", "quantize")]
+    scripts += [ROOT / "scripts" / f"{name.replace('scripts.', '')}.py" for name in COMMANDS]
+    running = []
+    for script in [path for path in scripts if path.exists()]:
+        process = subprocess.Popen(
+            [sys.executable, script],
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        running.append((script, process))
+    for script, process in running:
+        assert process.stdout.readline() == b"here\n", (script, process.stderr.read())
+        process.send_signal(number)
+        errors = process.communicate(timeout=30)[1]
+        assert process.returncode == code and errors == b"", (script, errors)
+
+
+def test_importing_the_engine_changes_no_signal_handler():
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
