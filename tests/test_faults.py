@@ -154,7 +154,7 @@ PLAIN = [
     (generate.main, ["--seed", str(2**70)], "--seed 1180591620717411303424: must be"),
     (generate.main, ["--nonsense"], "unrecognized arguments: --nonsense"),
     (generate.main, ["--json"], "--json expected one argument"),
-    (generate.main, ["--checkpoint_path", "."], ".: not"),
+    (generate.main, ["--checkpoint_path", "."], ".: is a folder"),
     (generate.main, ["--checkpoint_path", "x" * 300 + "/model.pth"], "File name too long"),
     (generate.main, ["--checkpoint_path", "two\nlines.pth"], "two lines.pth: not found"),
     (generate.main, ["--prompt_file", "two\nlines"], "two lines: can't be read"),

@@ -244,8 +244,8 @@ def test_an_interrupted_run_resumes_exactly(optimizer, data, tmp_path, monkeypat
             run(data, tmp_path / "parts", *how)
     with pytest.raises(InputError, match="unfinished run"):
         run(data, tmp_path / "parts", *how)
-    with pytest.raises(InputError, match="--resume: lr was 0.002"):
-        run(data, tmp_path / "parts", *how, "--lr", 1, "--resume")
+    with pytest.raises(InputError, match="--resume: weight_decay was 0.1"):
+        run(data, tmp_path / "parts", *how, "--weight_decay", 0.2, "--resume")
     assert run(data, tmp_path / "parts", *how, "--resume") == whole[5:]
     a, b = (load_model(tmp_path / name / "model.pth").state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(a[name], b[name]) for name in a)
