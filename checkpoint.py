@@ -25,6 +25,7 @@ from command import InputError, check_memory, first_line
 from files import check_regular, locked, read_object, replacing
 from kernels import cpu
 from model import Linear, ModelConfig, Transformer, rope_frequencies
+from values import shown
 
 if TYPE_CHECKING:
     from ranks import Shard
@@ -239,6 +240,30 @@ def read_state(path: str | Path, device: str | torch.device = "cpu") -> dict[str
         raise InputError(f"{path}: not a readable checkpoint ({first_line(error, 'empty file')})") from None
 
 
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], ModelConfig]:
+    """(the tensors, mapped and not read, the description) of a model.pth and its model.json, which fit together.
+
+    Raises InputError if they don't, or one of them is missing or not readable.
+    """
+    state = read_state(path)
+    expected = "a checkpoint of scripts/convert_hf_checkpoint.py was expected"
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise InputError(f"{path}: holds no names and tensors; {expected}")
+    state = {name: plain(value, f"{path}: {shown(name)}") for name, value in state.items()}
+    config = load_config(path.with_suffix(".json"))
+    check_state(state, config, path)
+    return state, config
+
+
+def plain(value: object, what: str) -> Tensor:
+    """The value, as a tensor that only has numbers. Raises InputError if it isn't one. what: its name in messages."""
+    if not isinstance(value, Tensor):
+        raise InputError(f"{what} is a {type(value).__name__}; a plain state dict of tensors was expected")
+    if value.is_nested or value.layout != torch.strided or value.is_quantized or value.is_meta:
+        raise InputError(f"{what} is a nested, sparse, quantized or empty tensor; a plain one was expected")
+    return value.detach()  # of older files, which hold nn.Parameters
+
+
 def load_model(
     path: str | Path,
     device: str | torch.device = "cpu",
@@ -254,13 +279,8 @@ def load_model(
     split.
     """
     path = Path(path)
-    state = read_state(path)
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        expected = "a checkpoint of scripts/convert_hf_checkpoint.py was expected"
-        raise InputError(f"{path}: holds more than tensors; {expected}")
     description = path.with_suffix(".json")
-    config = load_config(description)
-    check_state(state, config, path)
+    state, config = read_checkpoint(path)
     model = empty_model(config, device, dtype, path, shard)
     share = (shard.rank, shard.size) if shard else (0, 1)
     with verified(path, description, *share) if verify else nullcontext():

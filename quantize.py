@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import check_state, expected_tensors, load_config, read_state, release, saved, verified
+from checkpoint import expected_tensors, load_config, read_checkpoint, release, saved, verified
 from command import InputError, Parser, check_device, run_command
 from files import check_fields, read_lines, read_text
 from kernels.formats import GROUPSIZES, dequantize, int4_range, int4_round, int8_rows, pack, round_weight
@@ -210,9 +210,7 @@ def quantize_checkpoint(
     exit_layer: of a model that ends there, to draft for the whole one. The file is written whole or not at all. Raises
     InputError.
     """
-    config = load_config(path.with_suffix(".json"))
-    state = read_state(path)
-    check_state(state, config, path)
+    state, config = read_checkpoint(path)
     quantization = mode.split("-")[0]
     new = quantized_config(config, quantization, groupsize, exit_layer, path)
     wanted = expected_tensors(new)

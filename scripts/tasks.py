@@ -27,6 +27,7 @@ from drafters import Drafter, SelfDrafter
 from files import (
     append_line,
     check_fields,
+    check_writable,
     drop_torn_line,
     locked,
     parse_json,
@@ -489,6 +490,21 @@ def warm_up(decoder: Decoder, prompt: list[int]) -> None:
 
 
 # Results on disk.
+
+
+def inputs(args: argparse.Namespace) -> list[str | Path]:
+    """The files that the options name to be read."""
+    found = [args.checkpoint_path, args.checkpoint_path.with_suffix(".json")]
+    for name in ("task", "text", "reference"):
+        if getattr(args, name, None):
+            found.append(getattr(args, name))
+    return found
+
+
+def check_outputs(args: argparse.Namespace, *suffixes: str) -> None:
+    """Raise InputError if a file that --out names with one of the suffixes can't be written, or is an input."""
+    for suffix in suffixes:
+        check_writable("--out", f"{args.out}{suffix}", inputs(args))
 
 
 def settings(args: argparse.Namespace, *without: str) -> Row:
