@@ -36,6 +36,12 @@ CHECKERS = 2  # threads that do so
 DIGEST = "weights"  # the field of model.json that says which model.pth it describes
 
 
+def described_by(path: str | Path) -> Path:
+    """The model.json of a model.pth."""
+    path = Path(path)
+    return path.parent / f"{path.stem}.json"
+
+
 def load_config(path: str | Path) -> ModelConfig:
     """Read `model.json`. Raises InputError if it is missing, not JSON, or has a field that is missing or wrong."""
     if not Path(path).exists():
@@ -123,7 +129,7 @@ def saved(path: str | Path, like: dict[str, Tensor], config: ModelConfig) -> Ite
     """
     path = Path(path)
     check_state(like, config, path)
-    description = path.with_suffix(".json")
+    description = described_by(path)
     with locked(path), replacing(description) as text, replacing(path) as weights:
         allocate_file(weights, like)
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
@@ -250,7 +256,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], ModelConfig]:
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise InputError(f"{path}: holds no names and tensors; {expected}")
     state = {name: plain(value, f"{path}: {shown(name)}") for name, value in state.items()}
-    config = load_config(path.with_suffix(".json"))
+    config = load_config(described_by(path))
     check_state(state, config, path)
     return state, config
 
@@ -279,7 +285,7 @@ def load_model(
     split.
     """
     path = Path(path)
-    description = path.with_suffix(".json")
+    description = described_by(path)
     state, config = read_checkpoint(path)
     model = empty_model(config, device, dtype, path, shard)
     share = (shard.rank, shard.size) if shard else (0, 1)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 import kernels
 import tune
-from checkpoint import count_parameters, load_model
+from checkpoint import count_parameters, described_by, load_model
 from command import InputError, Parser, add_threads, check_device
 from drafters import SMALLER, Drafter, make_drafter, weight_bytes
 from files import check_writable, read_bytes, replacing, write_json
@@ -963,10 +963,10 @@ def check_args(args: argparse.Namespace) -> None:
 
 def check_outputs(args: argparse.Namespace, checkpoint: Path) -> None:
     """Raise InputError for an output that can't be written, or would overwrite what the run reads."""
-    inputs: list[str | Path] = [checkpoint, checkpoint.with_suffix(".json")]
+    inputs: list[str | Path] = [checkpoint, described_by(checkpoint)]
     draft = args.draft_checkpoint_path
     if draft:
-        inputs += [draft, draft.with_suffix(".json")]
+        inputs += [draft, described_by(draft)]
     if args.prompt_file:
         inputs.append(args.prompt_file)
     for option, file in (("--json", args.json), ("--profile", args.profile)):

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from checkpoint import dtype_name, read_checkpoint, verified
+from checkpoint import described_by, dtype_name, read_checkpoint, verified
 from command import InputError, Parser, run_command
 from convert_hf_checkpoint import tensor_names
 from files import new_folder, write_json
@@ -29,7 +29,7 @@ def export(path: str | Path, out: str | Path) -> Path:
     Raises InputError if the checkpoint is quantized, or the folder exists or can't be written.
     """
     path, out = Path(path), Path(out)
-    description = path.with_suffix(".json")
+    description = described_by(path)
     with new_folder(out, "--out") as folder, verified(path, description):
         state, config = read_checkpoint(path)
         if config.quantization:

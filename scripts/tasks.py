@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from checkpoint import dtype_name
+from checkpoint import described_by, dtype_name
 from command import InputError, Parser, add_threads, check_device, first_line
 from drafters import Drafter, SelfDrafter
 from files import (
@@ -494,7 +494,7 @@ def warm_up(decoder: Decoder, prompt: list[int]) -> None:
 
 def inputs(args: argparse.Namespace) -> list[str | Path]:
     """The files that the options name to be read."""
-    found = [args.checkpoint_path, args.checkpoint_path.with_suffix(".json")]
+    found = [args.checkpoint_path, described_by(args.checkpoint_path)]
     for name in ("task", "text", "reference"):
         if getattr(args, name, None):
             found.append(getattr(args, name))

@@ -53,7 +53,7 @@ from model import ModelConfig, Transformer
 from ranks import Shard, run_command, start
 from tokenizer import Tokenizer
 from train_options import add_options, check_args, default_precision
-from values import OBJECT, list_of, shown, whole
+from values import OBJECT, list_of, whole
 
 # Sizes: L layers, each with an exit; B sequences per step over all processes, b of them in this one; T tokens in a
 # sequence; D numbers in a hidden state; V tokens in the vocabulary.
@@ -667,7 +667,7 @@ class TrainState:
         for name, value in self.settings.items():
             before = state["settings"].get(name)
             if value != before:
-                raise InputError(f"--resume: {name} was {shown(before)} in {self.path}, now {value}")
+                raise InputError(f"--resume: {name} was {before} in {self.path}, now {value}")
         with blaming(f"--resume: {self.path} is not the state of this training run"):
             load_full_state(state, self.model, self.optimizers, self.fsdp)
         return state["step"]
