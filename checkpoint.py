@@ -25,6 +25,7 @@ from command import InputError, check_memory, first_line
 from files import check_regular, locked, read_object, replacing
 from kernels import cpu
 from model import Linear, ModelConfig, Transformer, rope_frequencies
+from values import shown
 
 if TYPE_CHECKING:
     from ranks import Shard
@@ -33,6 +34,12 @@ CACHE_LINE = 64  # bytes
 BLOCK = 1 << 20  # bytes that are read at a time where a file is checked
 CHECKERS = 2  # threads that do so
 DIGEST = "weights"  # the field of model.json that says which model.pth it describes
+
+
+def described_by(path: str | Path) -> Path:
+    """The model.json of a model.pth."""
+    path = Path(path)
+    return path.parent / f"{path.stem}.json"
 
 
 def load_config(path: str | Path) -> ModelConfig:
@@ -122,7 +129,7 @@ def saved(path: str | Path, like: dict[str, Tensor], config: ModelConfig) -> Ite
     """
     path = Path(path)
     check_state(like, config, path)
-    description = path.with_suffix(".json")
+    description = described_by(path)
     with locked(path), replacing(description) as text, replacing(path) as weights:
         allocate_file(weights, like)
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
@@ -239,6 +246,30 @@ def read_state(path: str | Path, device: str | torch.device = "cpu") -> dict[str
         raise InputError(f"{path}: not a readable checkpoint ({first_line(error, 'empty file')})") from None
 
 
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], ModelConfig]:
+    """(the tensors, mapped and not read, the description) of a model.pth and its model.json, which fit together.
+
+    Raises InputError if they don't, or one of them is missing or not readable.
+    """
+    state = read_state(path)
+    expected = "a checkpoint of scripts/convert_hf_checkpoint.py was expected"
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise InputError(f"{path}: holds no names and tensors; {expected}")
+    state = {name: plain(value, f"{path}: {shown(name)}") for name, value in state.items()}
+    config = load_config(described_by(path))
+    check_state(state, config, path)
+    return state, config
+
+
+def plain(value: object, what: str) -> Tensor:
+    """The value, as a tensor that only has numbers. Raises InputError if it isn't one. what: its name in messages."""
+    if not isinstance(value, Tensor):
+        raise InputError(f"{what} is a {type(value).__name__}; a plain state dict of tensors was expected")
+    if value.is_nested or value.layout != torch.strided or value.is_quantized or value.is_meta:
+        raise InputError(f"{what} is a nested, sparse, quantized or empty tensor; a plain one was expected")
+    return value.detach()  # of older files, which hold nn.Parameters
+
+
 def load_model(
     path: str | Path,
     device: str | torch.device = "cpu",
@@ -254,13 +285,8 @@ def load_model(
     split.
     """
     path = Path(path)
-    state = read_state(path)
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        expected = "a checkpoint of scripts/convert_hf_checkpoint.py was expected"
-        raise InputError(f"{path}: holds more than tensors; {expected}")
-    description = path.with_suffix(".json")
-    config = load_config(description)
-    check_state(state, config, path)
+    description = described_by(path)
+    state, config = read_checkpoint(path)
     model = empty_model(config, device, dtype, path, shard)
     share = (shard.rank, shard.size) if shard else (0, 1)
     with verified(path, description, *share) if verify else nullcontext():

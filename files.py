@@ -15,7 +15,7 @@ import socket
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -32,6 +32,7 @@ except ImportError:  # Windows: what killed writers left stays there
 from command import InputError
 from values import Kind, shown
 
+LONGEST_NAME = 200  # bytes, of 255 that file systems take
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS}  # the file system has no such operation
 
 
@@ -158,16 +159,34 @@ def check_fields(values: Any, kinds: Mapping[str, Kind], where: str | Path) -> N
 # Writing.
 
 
-def check_writable(option: str, path: str | Path) -> None:
-    """Raise InputError unless `replacing` can write `path`, which is left as it was. For results that come late."""
+def check_writable(option: str, path: str | Path, inputs: Iterable[str | Path] = ()) -> None:
+    """Raise InputError unless `replacing` can write `path`, which is left as it was. For results that come late.
+
+    inputs: files that are read, or written by other options, which `path` must not be.
+    """
     path = Path(path)
+    advice = "name a file in an existing, writable folder"
+    if path.is_dir() or (is_stream(path) and not os.access(path, os.W_OK)):
+        raise InputError(f"{option} {path}: can't be written; {advice}")
     if is_stream(path):
-        possible = not path.is_dir() and os.access(path, os.W_OK)
-    else:
-        folder = Path(os.path.realpath(path)).parent
-        possible = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
-    if not possible:
-        raise InputError(f"{option} {path}: can't be written; name a file in an existing, writable folder")
+        return
+    target = destination(path)
+    if target in [Path(os.path.realpath(other)) for other in inputs]:
+        raise InputError(f"{option} {path}: is read or written by this run already; name another file")
+    partial = partial_path(target.parent, target.name)
+    try:
+        os.close(create(partial))
+    except OSError as error:
+        raise InputError(f"{option} {path}: can't be written ({error.strerror}); {advice}") from None
+    partial.unlink()
+
+
+def destination(path: Path) -> Path:
+    """The file that a path means, through all links. Raises InputError if these lead nowhere."""
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise InputError(f"{path}: can't be written (the link leads back to itself)")
+    return target
 
 
 @contextmanager
@@ -179,9 +198,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     if path.is_dir():
-        raise InputError(f"{path}: is a folder; name a file")
+        raise InputError(f"{path}: can't be written (is a folder)")
     through = is_stream(path)
-    target = path.absolute() if through else Path(os.path.realpath(path))
+    target = path.absolute() if through else destination(path)
     folder = Path(tempfile.gettempdir()) if through else target.parent
     partial = partial_path(folder, target.name)
     held = -1
@@ -196,11 +215,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
         partial.replace(target)
         sync_folder(folder)
     except OSError as error:
-        if error.filename not in (None, str(partial)):
+        if str(partial) not in (error.filename or str(partial), error.filename2):
             raise
         raise unwritable(path, error) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         if held >= 0:
             os.close(held)
 
@@ -282,10 +302,18 @@ def unwritable(path: Path, error: OSError) -> InputError:
 
 
 def own_descriptor(path: Path) -> int | None:
-    """The file descriptor of this process that a path such as /dev/stdout or /dev/fd/3 means, or None."""
-    name = {"/dev/stdout": "/dev/fd/1", "/dev/stderr": "/dev/fd/2"}.get(str(path), str(path))
-    found = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", name)
-    return int(found[1]) if found else None
+    """The descriptor of this process's standard output or error if `path` leads to the same file, however it is spelt;
+    of /dev/fd/3 and the like the number. None for other files.
+    """
+    found = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", str(path))
+    if found:
+        return int(found[1])
+    with suppress(OSError):
+        there = path.stat()
+        for descriptor in (1, 2):
+            if os.path.samestat(there, os.fstat(descriptor)):
+                return descriptor
+    return None
 
 
 def is_stream(path: Path) -> bool:
@@ -308,7 +336,12 @@ def copy_into(stream: Path, file: Path) -> None:
 
 def partial_path(folder: Path, name: str) -> Path:
     """Where something is written that will be `name`: a path that nobody else has."""
-    return folder / f".partial-{secrets.token_hex(4)}-{name}"
+    return folder / f".partial-{secrets.token_hex(4)}-{ending(name)}"
+
+
+def ending(name: str) -> str:
+    """As much of a file's name as leaves room for more in a longer one."""
+    return os.fsdecode(os.fsencode(name)[-LONGEST_NAME:])
 
 
 def create(partial: Path, folder: bool = False) -> int:
@@ -341,7 +374,7 @@ def clear(folder: Path, name: str) -> None:
     """Delete what killed writers of `name` left in the folder."""
     if fcntl is None:
         return
-    for left in folder.glob(f".partial-????????-{glob.escape(name)}"):
+    for left in folder.glob(f".partial-????????-{glob.escape(ending(name))}"):
         with suppress(OSError):  # gone by now, or another user's
             descriptor = os.open(left, os.O_RDONLY | os.O_NOFOLLOW)
             try:
@@ -382,8 +415,8 @@ def locked(target: str | Path, wait: float = 0) -> Iterator[None]:
     target: the file or folder that will be written. wait: how many seconds another run may take to end. The lock, a
     hidden file beside the target, ends with its process.
     """
-    target = Path(target).absolute()
-    path = target.with_name(f".{target.name}.lock")
+    target = Path(os.path.realpath(target))
+    path = target.with_name(f".{ending(target.name)}.lock")
     lock = FileLock(str(path))
     try:
         acquire(lock, path, target, wait)

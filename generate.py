@@ -32,7 +32,7 @@ from torch import Tensor
 
 import kernels
 import tune
-from checkpoint import count_parameters, load_model
+from checkpoint import count_parameters, described_by, load_model
 from command import InputError, Parser, add_threads, check_device
 from drafters import SMALLER, Drafter, make_drafter, weight_bytes
 from files import check_writable, read_bytes, replacing, write_json
@@ -958,10 +958,21 @@ def check_args(args: argparse.Namespace) -> None:
     """Raise InputError for the first option whose value is wrong by itself, or that contradicts another."""
     if "" in args.stop:
         raise InputError("--stop: an empty string would end every sample before it begins")
+    check_together(args)
+
+
+def check_outputs(args: argparse.Namespace, checkpoint: Path) -> None:
+    """Raise InputError for an output that can't be written, or would overwrite what the run reads."""
+    inputs: list[str | Path] = [checkpoint, described_by(checkpoint)]
+    draft = args.draft_checkpoint_path
+    if draft:
+        inputs += [draft, described_by(draft)]
+    if args.prompt_file:
+        inputs.append(args.prompt_file)
     for option, file in (("--json", args.json), ("--profile", args.profile)):
         if file and file != "-":
-            check_writable(option, file)
-    check_together(args)
+            check_writable(option, file, inputs)
+            inputs.append(file)
 
 
 def check_together(args: argparse.Namespace) -> None:
@@ -1153,7 +1164,7 @@ def write_profile(profile: torch.profiler.profile, path: Path) -> None:
         profile.export_chrome_trace(str(written))
         if not written.is_file() or not written.read_bytes().rstrip().endswith(b"}"):
             raise OSError("the profiler couldn't write all of it; is the disk full?")
-        shutil.copyfile(written, trace)
+        trace.write_bytes(written.read_bytes())
 
 
 def print_report(report: dict, drafted: bool, shard: Shard) -> None:
@@ -1184,6 +1195,7 @@ def main(argv: list[str] | None = None) -> None:
     shard = start()
     args.device = shard.device(args.device)
     path = find_checkpoint(args, shard)
+    check_outputs(args, path)
     model, tokenizer = load(path, args.device, args.precision, shard, not args.no_verify)
     ending = Ending.of(model, tokenizer, args.max_new_tokens, args.stop, args.stop_token_ids)
     text = read_prompt(args, shard)

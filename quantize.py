@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import check_state, expected_tensors, load_config, read_state, release, saved, verified
+from checkpoint import described_by, expected_tensors, load_config, read_checkpoint, release, saved, verified
 from command import InputError, Parser, check_device, run_command
 from files import check_fields, read_lines, read_text
 from kernels.formats import GROUPSIZES, dequantize, int4_range, int4_round, int8_rows, pack, round_weight
@@ -210,9 +210,7 @@ def quantize_checkpoint(
     exit_layer: of a model that ends there, to draft for the whole one. The file is written whole or not at all. Raises
     InputError.
     """
-    config = load_config(path.with_suffix(".json"))
-    state = read_state(path)
-    check_state(state, config, path)
+    state, config = read_checkpoint(path)
     quantization = mode.split("-")[0]
     new = quantized_config(config, quantization, groupsize, exit_layer, path)
     wanted = expected_tensors(new)
@@ -223,7 +221,7 @@ def quantize_checkpoint(
         inputs = first_inputs(state, config, calibration, device)
     float_config = replace(new, quantization=None, groupsize=None)
     types = result_types(wanted, state["embed.weight"].dtype)
-    with saved(out, types, new) as result, verified(path, path.with_suffix(".json")):
+    with saved(out, types, new) as result, verified(path, described_by(path)):
         for i in tqdm(range(new.n_layer), desc=mode, unit="layer", disable=None):
             tensors = layer_state(state, i)
             if inputs:
@@ -322,7 +320,7 @@ def calibrate(args: argparse.Namespace) -> list[Tensor]:
     if not path:
         raise InputError("--mode int4-gptq: needs --calibration, a text file like what the model will write")
     check_device(args.device)
-    config = load_config(checkpoint.with_suffix(".json"))
+    config = load_config(described_by(checkpoint))
     tokenizer = Tokenizer.load(checkpoint.parent)
     tokenizer.check_model(config.vocab_size)
     return calibration_windows(path, tokenizer, config, args.calibration_length, args.calibration_windows)

@@ -120,9 +120,9 @@ def add_shape_options(g: argparse._ArgumentGroup) -> None:
 def check_options(args: argparse.Namespace) -> None:
     """Raise InputError for values that nothing can be measured with, or that contradict each other."""
     if args.json and args.json != "-":
-        check_writable("--json", args.json)
+        check_writable("--json", args.json, tasks.inputs(args))
     if args.out:
-        check_writable("--out", f"{args.out}.jsonl")
+        tasks.check_outputs(args, ".jsonl")
     if args.quantization and not args.shape:
         raise InputError("--quantization: is for --shape; quantize.py makes a quantized checkpoint")
     if args.shape and args.temperature:

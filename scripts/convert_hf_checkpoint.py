@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import dtype_name, saved
+from checkpoint import dtype_name, plain, saved
 from command import InputError, Parser, blaming, check_memory, run_command
 from files import check_fields, check_regular, read_object
 from model import NORM_EPS, ROPE_SCALING, ROPE_THETA, SIZES, ModelConfig
@@ -216,15 +216,6 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise InputError(f"{file}: holds no names and tensors; a plain state dict was expected")
     return {name: plain(value, f"{file}: {shown(name)}") for name, value in found.items()}
-
-
-def plain(value: object, what: str) -> Tensor:
-    """The value, as a tensor that only has numbers. Raises InputError if it isn't one. what: its name in messages."""
-    if not isinstance(value, Tensor):
-        raise InputError(f"{what} is a {type(value).__name__}; a plain state dict of tensors was expected")
-    if value.layout != torch.strided or value.is_quantized or value.is_meta:
-        raise InputError(f"{what} is a sparse, quantized or empty tensor; a plain one was expected")
-    return value.detach()  # of older files, which hold nn.Parameters
 
 
 def plan(folder: Path, config: ModelConfig, theirs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -38,7 +38,6 @@ from tqdm import tqdm
 import tasks
 from checkpoint import load_model
 from command import run_command
-from files import check_writable
 from generate import Decoder, load
 from model import Transformer
 from values import OBJECT, TEXT, filled, list_of, real, whole
@@ -58,7 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     tasks.add_ngram_options(p)
     p.add_argument("--out", type=filled, default="correctness", metavar="FILE", help="where to write, without suffix")
     args = p.parse_args(argv)
-    check_writable("--out", f"{args.out}.jsonl")
+    tasks.check_outputs(args, ".jsonl", ".csv")
     return args
 
 

@@ -31,7 +31,7 @@ import torch
 import tasks
 from command import InputError, Parser, run_command
 from drafters import check_precision
-from files import check_writable, read_text, write_text
+from files import read_text, write_text
 from generate import CHECKPOINTS, DRAFT_LENGTH, Decoder, Sampling, load
 from model import SIZES, Transformer
 from tokenizer import Tokenizer
@@ -149,7 +149,7 @@ def check_options(args: argparse.Namespace) -> None:
     if args.draft_precision and not args.text:
         raise InputError("--draft_precision is for --text: give both")
     tasks.check_machine(args.device)
-    check_writable("--out", f"{args.out}.jsonl")
+    tasks.check_outputs(args, ".json", ".jsonl", ".csv", ".png")
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from checkpoint import check_state, dtype_name, load_config, read_state, verified
+from checkpoint import described_by, dtype_name, read_checkpoint, verified
 from command import InputError, Parser, run_command
 from convert_hf_checkpoint import tensor_names
 from files import new_folder, write_json
@@ -29,15 +29,14 @@ def export(path: str | Path, out: str | Path) -> Path:
     Raises InputError if the checkpoint is quantized, or the folder exists or can't be written.
     """
     path, out = Path(path), Path(out)
-    description = path.with_suffix(".json")
+    description = described_by(path)
     with new_folder(out, "--out") as folder, verified(path, description):
-        state, config = read_state(path), load_config(description)
+        state, config = read_checkpoint(path)
         if config.quantization:
             raise InputError(
                 f"--checkpoint_path {path}: is quantized ({config.quantization}); "
                 "export the checkpoint that it was made from"
             )
-        check_state(state, config, path)
         tokenizer = Tokenizer.load(path.parent)
         save_torch_state_dict(unstack(state, config), folder)
         special = {"bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids) or None}

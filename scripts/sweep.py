@@ -32,7 +32,6 @@ from tqdm import tqdm
 import tasks
 import tune
 from command import run_command
-from files import check_writable
 from generate import DRAFT_LENGTH, Decoder, Stats, acceptance, load, total_counts, total_rounds
 from model import SIZES
 from tune import Build, Cell
@@ -65,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="keep the best setting beside the checkpoint",
     )
     args = p.parse_args(argv)
-    check_writable("--out", f"{args.out}.png")
+    tasks.check_outputs(args, ".jsonl", ".csv", ".png")
     return args
 
 

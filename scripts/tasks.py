@@ -21,12 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from checkpoint import dtype_name
+from checkpoint import described_by, dtype_name
 from command import InputError, Parser, add_threads, check_device, first_line
 from drafters import Drafter, SelfDrafter
 from files import (
     append_line,
     check_fields,
+    check_writable,
     drop_torn_line,
     locked,
     parse_json,
@@ -489,6 +490,21 @@ def warm_up(decoder: Decoder, prompt: list[int]) -> None:
 
 
 # Results on disk.
+
+
+def inputs(args: argparse.Namespace) -> list[str | Path]:
+    """The files that the options name to be read."""
+    found = [args.checkpoint_path, described_by(args.checkpoint_path)]
+    for name in ("task", "text", "reference"):
+        if getattr(args, name, None):
+            found.append(getattr(args, name))
+    return found
+
+
+def check_outputs(args: argparse.Namespace, *suffixes: str) -> None:
+    """Raise InputError if a file that --out names with one of the suffixes can't be written, or is an input."""
+    for suffix in suffixes:
+        check_writable("--out", f"{args.out}{suffix}", inputs(args))
 
 
 def settings(args: argparse.Namespace, *without: str) -> Row:

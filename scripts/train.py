@@ -46,14 +46,15 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from checkpoint import check_records, count_parameters, load_model, read_state, save_checkpoint, save_tensors
-from command import InputError, Parser, check_memory
+from command import InputError, Parser, blaming, check_memory
 from data import Sources, is_held_out, load, pack, window
-from files import locked, replacing
+from files import check_fields, locked, replacing
 from model import ModelConfig, Transformer
 from ranks import Shard, run_command, start
 from tokenizer import Tokenizer
 from train_log import Evaluation, Report, print_table
 from train_options import add_options, check_args, default_precision
+from values import OBJECT, list_of, whole
 
 # Sizes: L layers, each with an exit; B sequences per step over all processes, b of them in this one; T tokens in a
 # sequence; D numbers in a hidden state; V tokens in the vocabulary.
@@ -575,6 +576,7 @@ class TrainState:
     settings: dict[str, str]  # what `fixed_settings` returns
     model: Transformer
     optimizers: list[Optimizer]
+    steps: int  # of the whole run
     rank: int
     fsdp: bool
 
@@ -591,13 +593,14 @@ class TrainState:
         """Load the state. Returns the number of steps that are done. Raises InputError if it isn't this run's state."""
         state: dict[str, Any] = read_state(self.path, device)
         check_records(self.path)
-        if not {"settings", "model", "optimizers", "step"} <= state.keys():
-            raise InputError(f"--resume: {self.path} is not the state of a training run")
+        fields = {"settings": OBJECT, "model": OBJECT, "optimizers": list_of(OBJECT), "step": whole(0, self.steps)}
+        check_fields(state, fields, f"--resume: {self.path}, the state of a training run")
         for name, value in self.settings.items():
             before = state["settings"].get(name)
             if value != before:
                 raise InputError(f"--resume: {name} was {before} in {self.path}, now {value}")
-        load_full_state(state, self.model, self.optimizers, self.fsdp)
+        with blaming(f"--resume: {self.path} is not the state of this training run"):
+            load_full_state(state, self.model, self.optimizers, self.fsdp)
         return state["step"]
 
 
@@ -795,7 +798,7 @@ def train_in_folder(args: argparse.Namespace, shard: Shard) -> list[float]:
     schedule = Schedule(args, model.config.n_layer)
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
     settings = fixed_settings(args, len(data.train_ids))
-    train_state = TrainState(args.out / STATE_FILE, settings, model, optimizers, shard.rank, args.fsdp)
+    train_state = TrainState(args.out / STATE_FILE, settings, model, optimizers, args.steps, shard.rank, args.fsdp)
     first_step = train_state.load(device) if args.resume else 0
     parallel = parallelize(objective, args, shard.size)
     autocast = mixed_precision(args.precision, device)

@@ -248,7 +248,11 @@ def test_a_folder_called_model_pth_is_one_line(hf_folder, tmp_path):
     (folder / "model.pth").mkdir()
     before = names(folder)
     result = call(convert_hf_checkpoint.main, "--checkpoint_dir", folder)
-    assert result.returncode == 1 and "model.pth: is a folder" in result.stderr and result.stderr.count("\n") == 1
+    assert (
+        result.returncode == 1
+        and "model.pth: can't be written (is a folder)" in result.stderr
+        and result.stderr.count("\n") == 1
+    )
     assert names(folder) == before
 
 
@@ -344,10 +348,119 @@ def test_kills_and_full_disks_at_random_moments():
     assert sum(codes.values()) == 24 and set(codes) - {0}
 
 
-def test_standard_output_is_written_into_even_if_it_is_a_file(tmp_path):
+@pytest.mark.parametrize("name", ["/dev/stdout", "//dev/stdout", "/dev/../dev/fd/1", "link", "log"])
+def test_standard_output_is_written_into_even_if_it_is_a_file(name, tmp_path):
     """Replaced, the file would lose what is printed after."""
+    (tmp_path / "link").symlink_to("/dev/stdout")
     line = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from files import write_text; print('before', flush=True); "
-    line += "write_text('/dev/stdout', 'json\\n'); print('after')"
+    line += f"write_text({name!r}, 'json\\n'); print('after')"
     with open(tmp_path / "log", "w") as log:
-        subprocess.run([sys.executable, "-c", line], stdout=log, check=True)
+        subprocess.run([sys.executable, "-c", line], stdout=log, check=True, cwd=tmp_path)
     assert (tmp_path / "log").read_text() == "before\njson\nafter\n"
+
+
+def test_a_lock_is_on_the_file_that_a_link_means(tmp_path):
+    (tmp_path / "link").symlink_to("target")
+    with (
+        files.locked(tmp_path / "target"),
+        pytest.raises(InputError, match="is writing it"),
+        files.locked(tmp_path / "link"),
+    ):
+        pass
+
+
+REFUSED = {
+    "dangling": "can't be written (No such file",
+    "loop": "leads back to itself",
+    "x" * 300: "File name too long",
+    "model.pth": "is read or written by this run already",
+    "again": "is read or written by this run already",
+    "model.json": "is read or written by this run already",
+    "prompt.txt": "is read or written by this run already",
+    "twice": "is read or written by this run already",
+}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_outputs_that_can_not_be_written_are_refused_before_the_run(checkpoint, tmp_path):
+    for name in ("model.pth", "model.json", "tokenizer.model"):
+        shutil.copy(checkpoint("llama2").with_name(name), tmp_path)
+    (tmp_path / "dangling").symlink_to("nowhere/file")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "again").symlink_to("model.pth")
+    (tmp_path / "prompt.txt").write_text("def")
+    before = contents(tmp_path)
+    run = ["--checkpoint_path", tmp_path / "model.pth", "--prompt_file", tmp_path / "prompt.txt", "--max_new_tokens", 2]
+    for name, words in REFUSED.items():
+        outputs = ["--json", tmp_path / name]
+        if name == "twice":
+            outputs += ["--profile", tmp_path / name]
+        result = call(generate.main, *run, *outputs)
+        assert result.returncode == 1 and words in result.stderr and result.stderr.count("\n") == 1, result.stderr
+        assert not result.stdout
+    longest = tmp_path / ("y" * 255)
+    assert call(generate.main, *run, "--json", longest).returncode == 0
+    assert contents(tmp_path) == before | {longest.name: longest.read_bytes()} and json.loads(longest.read_text())
+
+
+FOREIGN = {
+    "no names": [torch.ones(1)],
+    "numbers as names": {1: torch.ones(1)},
+    "values": {"a": 1},
+    "sparse": {"a": torch.ones(2, 2).to_sparse()},
+    "meta": {"a": torch.ones(2, device="meta")},
+    "nested": {"a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+@pytest.mark.parametrize("main", [generate.main, quantize.main, export_hf_checkpoint.main])
+def test_foreign_checkpoints_are_one_line(main, what, checkpoint, tmp_path):
+    source, path = checkpoint("llama2"), tmp_path / "model.pth"
+    description = json.loads(source.with_suffix(".json").read_text())
+    del description["weights"]
+    (tmp_path / "model.json").write_text(json.dumps(description))
+    value = FOREIGN[what]
+    if isinstance(value, dict) and "a" in value:
+        value = {**torch.load(source, weights_only=True), "norm.weight": value["a"]}
+    torch.save(value, path)
+    out = ["--out", tmp_path / "out"] if main is export_hf_checkpoint.main else []
+    result = call(main, "--checkpoint_path", path, *out)
+    assert result.returncode == 1 and result.stderr.startswith(f"error: {path}: ") and result.stderr.count("\n") == 1
+    assert names(tmp_path) == {"model.pth", "model.json"}
+
+
+def test_parameters_are_tensors(checkpoint, tmp_path):
+    source = checkpoint("llama2")
+    shutil.copy(source.with_suffix(".json"), tmp_path)
+    state = torch.load(source, weights_only=True)
+    torch.save({name: torch.nn.Parameter(t) for name, t in state.items()}, tmp_path / "model.pth")
+    with pytest.raises(InputError, match="not the file that model.json describes"):
+        load_model(tmp_path / "model.pth")
+    model = load_model(tmp_path / "model.pth", verify=False)
+    assert torch.equal(model.embed.weight, state["embed.weight"]) and not model.embed.weight.requires_grad
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory):
+    """(options of a training run, its state after all steps, before the model was written)"""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text.py").write_text("".join(f"def f{n}(x): return x * {n}\n" for n in range(300)))
+    options = ["--data", folder / "text.py", "--out", folder / "out", *TRAIN]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_model", lambda *_: sys.exit(3))
+        assert call(train.main, *options).returncode == 3
+    return options, folder / "out" / train.STATE_FILE, torch.load(folder / "out" / train.STATE_FILE, weights_only=True)
+
+
+@pytest.mark.parametrize("field", ["model", "optimizers", "step", "settings", None])
+@pytest.mark.parametrize("value", [None, [], "x", 5, {}, -1])
+def test_foreign_training_states_are_one_line(field, value, unfinished):
+    options, path, state = unfinished
+    torch.save({**state, field: value} if field else value, path)
+    result = call(train.main, *options, "--resume")
+    assert result.returncode == 1 and result.stderr.startswith("error: --resume: "), result.stderr
+    assert result.stderr.count("\n") == 1

@@ -500,7 +500,7 @@ def test_sweep_predicts_the_demo_checkpoint(tmp_path, capsys):
         (["--repeats", "0"], "--repeats 0: must be a whole number from 1"),
         (["--num_prompts", "0"], "--num_prompts 0: must be a whole number from 1"),
         (["--max_new_tokens", "128"], "no prompt leaves room for 128 new tokens in the context of 128"),
-        (["--out", "/nowhere/x"], "--out /nowhere/x.png: can't be written"),
+        (["--out", "/nowhere/x"], "--out /nowhere/x.jsonl: can't be written"),
         (["--task", "nonsense"], "--task nonsense: is neither"),
     ],
 )
