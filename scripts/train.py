@@ -831,9 +831,9 @@ def train_in_folder(args: argparse.Namespace, shard: Shard) -> list[float]:
     if shard.rank == 0:
         report.end(step, result, seconds, len(data.train_ids))
         tokens_seen = step * args.batch_size * args.context
+        shutil.rmtree(args.out / "tokens", ignore_errors=True)
         save_model(args.out / "model.pth", state_dict, model.config, args.save_precision, tokens_seen)
         train_state.path.unlink(missing_ok=True)
-        shutil.rmtree(args.out / "tokens", ignore_errors=True)
         print_table(args.out / "model.pth", result)
     return history
 

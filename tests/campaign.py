@@ -28,7 +28,13 @@ from convert_hf_checkpoint import read_config, tensor_names
 from processes import command, end, fork, limited
 
 SIGNALS = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, 1), signal.SIGINT: (130, 1)}  # and the codes that they end in
-CHANGING = {"train_state.pth", "train_log.jsonl"}  # differ from run to run
+CHANGING = {
+    "train_state.pth",
+    "train_log.jsonl",
+    "tokens.json",
+    "train.bin",
+    "val.bin",
+}  # differ, or are there for a time
 MODEL = ["--n_layer", 2, "--dim", 16, "--n_head", 2, "--intermediate_size", 24, "--vocab_size", 300, "--context", 16]
 TRAIN = ["--device", "cpu", "--steps", 6, "--batch_size", 2, "--save_every", 1, "--save_precision", "float32", *MODEL]
 
