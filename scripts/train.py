@@ -153,11 +153,18 @@ LOGITS = 1 << 25  # numbers: 128 MB in float32
 class LayerSkipLoss(nn.Module):
     """The training objective around a Transformer. It is a module, so that DDP and FSDP can wrap it."""
 
-    def __init__(self, model: Transformer, recompute: bool = False) -> None:
-        """recompute: keep no layer's activations for the backward pass, which computes them again."""
+    def __init__(
+        self, model: Transformer, recompute: bool = False, distill: float = 0.0, temperature: float = 1.0
+    ) -> None:
+        """recompute: keep no layer's activations for the backward pass, which computes them again. distill: the share
+        of an early exit's loss that goes by the last layer's distribution rather than by the text. temperature: of both
+        distributions then.
+        """
         super().__init__()
         self.model = model
         self.recompute = recompute
+        self.distill = distill
+        self.temperature = temperature
 
     def forward(
         self, tokens: Tensor, targets: Tensor, keep: Tensor, weights: Tensor, called: Tensor
@@ -165,13 +172,13 @@ class LayerSkipLoss(nn.Module):
         """The weighted loss J (), and the cross entropy (L,) of each exit; NaN for exits of weight 0. Both float32.
 
         tokens, targets: (b, T) int64 ids. keep: (L, b) bool on the CPU, which sequences pass each layer. weights: (L,)
-        float32 of the exits. called: (L,) bool, which layers are called even if no sequence of this process passes
-        them: under FSDP, all processes must call a layer if one does.
+        float32 of the exits, of which the last isn't 0. called: (L,) bool, which layers are called even if no sequence
+        of this process passes them: under FSDP, all processes must call a layer if one does.
         """
-        model, losses = self.model, []
+        model = self.model
+        hidden = []  # of the exits in the loss, (b T, D)
         x = model.embed(tokens)  # (b, T, D)
         positions = model.positions(tokens.shape[1], None)
-        total = torch.zeros((), device=x.device)
         for layer, kept, weight, call in zip(model.layers, keep, weights.tolist(), called.tolist(), strict=True):
             if self.recompute:
                 layer = partial(checkpoint, layer, use_reentrant=False)
@@ -181,28 +188,43 @@ class LayerSkipLoss(nn.Module):
                 rows = kept.nonzero().squeeze(1).to(x.device)
                 x = x.index_copy(0, rows, layer(x[rows], *positions).to(x.dtype))
             if weight:
-                loss = self.cross_entropy(x.flatten(0, 1), targets.flatten()) / targets.numel()
-                total = total + weight * loss
-                losses.append(loss.detach())
-            else:
-                losses.append(torch.tensor(math.nan, device=x.device))
-        return total, torch.stack(losses)
+                hidden.append(x.flatten(0, 1))
+        entropy, divergence = self.losses(hidden, targets.flatten()) / targets.numel()
+        share = torch.full_like(entropy, self.distill)
+        share[-1] = 0
+        weights = weights.to(x.device)
+        inside = weights > 0
+        total = (weights[inside] * torch.lerp(entropy, divergence, share)).sum()
+        return total, torch.full_like(weights, math.nan).masked_scatter(inside, entropy.detach())
 
-    def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
-        """The cross entropy (), summed, of hidden states x (N, D) against targets (N,).
+    def losses(self, hidden: list[Tensor], targets: Tensor) -> Tensor:
+        """Of every exit, from its hidden states (N, D) and the targets (N,): cross entropy and divergence from the last
+        exit's distribution, both summed: (2, exits).
 
         Logits of a large vocabulary take more memory than all else. So no more than LOGITS of them are there at a time;
         the backward pass computes them again. F.linear_cross_entropy, which holds a gradient of the head for each exit,
         takes more memory and more time.
         """
-        rows = max(1, LOGITS // self.model.config.vocab_size)
-        if len(x) <= rows:
-            return self.summed(x, targets)
-        parts = zip(x.split(rows), targets.split(rows), strict=True)
-        return torch.stack([checkpoint(self.summed, *part, use_reentrant=False) for part in parts]).sum()
+        rows = max(1, LOGITS // (self.model.config.vocab_size * len(hidden)))
+        if len(targets) <= rows:
+            return self.summed(targets, *hidden)
+        parts = zip(targets.split(rows), *[x.split(rows) for x in hidden], strict=True)
+        return torch.stack([checkpoint(self.summed, *part, use_reentrant=False) for part in parts]).sum(0)
 
-    def summed(self, x: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.model.logits(x).float(), targets, reduction="sum")
+    def summed(self, targets: Tensor, *hidden: Tensor) -> Tensor:
+        """`losses` of all positions at once. The divergence is that of distillation (1503.02531): times the temperature
+        squared, so that gradients are as large at each temperature. The last exit is not moved by it.
+        """
+        logits = [self.model.logits(x).float() for x in hidden]
+        entropies = torch.stack([F.cross_entropy(own, targets, reduction="sum") for own in logits])
+        divergences = torch.zeros_like(entropies)
+        if self.distill:
+            t = self.temperature
+            teacher = (logits[-1].detach() / t).log_softmax(-1)
+            students = [(own / t).log_softmax(-1) for own in logits]
+            parts = [F.kl_div(own, teacher, reduction="sum", log_target=True) for own in students]
+            divergences = t * t * torch.stack(parts)
+        return torch.stack((entropies, divergences))
 
     def exits(self, tokens: Tensor, targets: Tensor, layers: Any) -> tuple[Tensor, Tensor]:
         """Of every exit: the cross entropy (L,) float32, summed over the targets (b, T), and the most likely tokens.
@@ -539,6 +561,8 @@ FREE_TO_CHANGE = {
     "rotation",
     "exit_scale",
     "exit_power",
+    "distill",
+    "distill_temperature",
 }
 
 
@@ -713,7 +737,7 @@ def load_data_and_model(args: argparse.Namespace, shard: Shard, device: torch.de
         base = load_base(args.checkpoint_path, args.layers)
     tokenizer = prepare_tokenizer(args, sources, shard)
     model = base or new_model(args, tokenizer)
-    objective = LayerSkipLoss(model, args.activation_checkpointing)
+    objective = LayerSkipLoss(model, args.activation_checkpointing, args.distill, args.distill_temperature)
     if args.fsdp:
         shard_weights(objective, device, shard.size)
     model.to(device)

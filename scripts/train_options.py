@@ -127,6 +127,20 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         help="weight of an early exit: --exit_scale * (layer number)^this; the last has 1 (default: as in the paper)",
     )
     add(
+        "--distill",
+        type=real(0, 1),
+        default=0.0,
+        metavar="SHARE",
+        help="share of an early exit's loss that goes by the last layer's distribution, not the text "
+        "(default: %(default)s)",
+    )
+    add(
+        "--distill_temperature",
+        type=real(0.01, 100),
+        default=1.0,
+        help="of both distributions (default: %(default)s)",
+    )
+    add(
         "--curriculum",
         choices=["rotational", "gradual"],
         default="rotational",

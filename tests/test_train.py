@@ -383,7 +383,7 @@ def test_logits_are_there_piece_by_piece():
     sizes = []
     model.head.register_forward_hook(lambda module, args, logits: sizes.append(logits.numel()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "LOGITS", 11_000)
+        patch.setattr(train, "LOGITS", 33_000)  # of three exits
         loss, losses = train.LayerSkipLoss(model)(tokens, targets, keep, weights, keep[:, 0])
         loss.backward()
     assert max(sizes) == 11_000
@@ -428,3 +428,34 @@ def test_the_log_and_its_picture(data, tmp_path, monkeypatch):
     assert result.returncode == 0 and picture.read_bytes().startswith(b"\x89PNG"), result.stderr
     result = call(plot_training.main, data, "--out", picture)
     assert result.returncode == 1 and "train_log.jsonl: not found" in result.stderr
+
+
+@pytest.mark.parametrize("logits", [1 << 25, 2_000])
+def test_distillation_by_hand(logits, monkeypatch):
+    """Against the definition in float64: early exits move toward the last layer's distribution, which stays."""
+    monkeypatch.setattr(train, "LOGITS", logits)
+    torch.manual_seed(0)
+    config = train.ModelConfig(
+        vocab_size=50, dim=16, n_layer=3, n_head=2, n_kv_head=2, head_dim=8, intermediate_size=24, context=64
+    )
+    model = train.Transformer(config)
+    train.initialize(model)
+    model.double()
+    tokens, targets = torch.randint(0, 50, (2, 4, 20))
+    keep, weights = torch.ones(3, 4, dtype=torch.bool), torch.tensor([0.3, 0.0, 0.7])
+    loss, losses = train.LayerSkipLoss(model, distill=0.25, temperature=2.0)(tokens, targets, keep, weights, keep[:, 0])
+    x, outs = model.embed(tokens), []
+    for layer in model.layers:
+        x = layer(x, *model.positions(20, None))
+        outs.append(model.logits(x).flatten(0, 1))
+    texts = [-out.log_softmax(-1)[range(80), targets.flatten()].mean() for out in outs]
+    teacher, student = (outs[2].detach() / 2).softmax(-1), (outs[0] / 2).softmax(-1)
+    divergence = 4 * (teacher * (teacher.log() - student.log())).sum(-1).mean()
+    wanted = 0.3 * (0.75 * texts[0] + 0.25 * divergence) + 0.7 * texts[2]
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert losses.isnan().tolist() == [False, True, False] and losses[0].item() == pytest.approx(
+        texts[0].item(), rel=1e-5
+    )
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    for a, b in zip(found, torch.autograd.grad(wanted, list(model.parameters())), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
