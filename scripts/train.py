@@ -46,7 +46,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from checkpoint import check_records, count_parameters, load_model, read_state, save_checkpoint, save_tensors
-from command import InputError, Parser, blaming, check_memory
+from command import InputError, Parser, blaming, check_memory, is_out_of_memory
 from data import Sources, is_held_out, load, pack, window
 from files import check_fields, locked, replacing
 from model import ModelConfig, Transformer
@@ -870,7 +870,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    train(parse_args())
+    try:
+        train(parse_args())
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(
+            "out of memory: lower --batch_size or --context, or give --accumulate, --activation_checkpointing or "
+            "--precision bfloat16; --resume goes on from the last saved state"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -459,3 +459,13 @@ def test_distillation_by_hand(logits, monkeypatch):
     found = torch.autograd.grad(loss, list(model.parameters()))
     for a, b in zip(found, torch.autograd.grad(wanted, list(model.parameters())), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_out_of_memory_says_what_to_lower(error, data, tmp_path, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(train, "compute_gradients", fail)
+    result = call(train.main, "--data", data, "--out", tmp_path / "out", *TINY)
+    assert result.returncode == 1 and result.stderr.startswith("error: out of memory: lower --batch_size")
