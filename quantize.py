@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import check_state, expected_tensors, load_config, read_state, release, saved, verified
+from checkpoint import check_finite, check_state, expected_tensors, load_config, read_state, release, saved, verified
 from command import InputError, Parser, check_device, run_command
 from files import check_fields, read_lines, read_text
 from kernels.formats import GROUPSIZES, dequantize, int4_range, int4_round, int8_rows, pack, round_weight
@@ -224,6 +224,9 @@ def quantize_checkpoint(
     float_config = replace(new, quantization=None, groupsize=None)
     types = result_types(wanted, state["embed.weight"].dtype)
     with saved(out, types, new) as result, verified(path, path.with_suffix(".json")):
+        for name, t in state.items():
+            check_finite(t, f"{path}: tensor {name}")
+            release(t)
         for i in tqdm(range(new.n_layer), desc=mode, unit="layer", disable=None):
             tensors = layer_state(state, i)
             if inputs:
