@@ -101,7 +101,8 @@ def run_command(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="replace")  # what the terminal can't show is no reason to lose a run
     torch.set_num_threads(usable_threads())
     warnings.formatwarning = warning_line
-    warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # PyTorch's own use of it, at quantized tensors
+    # What PyTorch says of itself when it reads a quantized tensor, which ends in an error.
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated|torch.quantize_per_tensor")
     try:
         run(main)
     except KeyboardInterrupt:

@@ -445,7 +445,7 @@ def test_what_is_common_in_the_wild_is_taken(folder):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("columns", [benchmark.COLUMNS, correctness.GREEDY, correctness.SAMPLED, sweep.COLUMNS])
+@pytest.mark.parametrize("columns", [correctness.GREEDY, correctness.SAMPLED, sweep.COLUMNS])
 def test_rows_of_results(columns, tmp_path):
     path = tmp_path / "r.jsonl"
     good = {name: next(value for value in [1, "x", []] if kind.allows(value)) for name, kind in columns.items()}
@@ -460,6 +460,34 @@ def test_rows_of_results(columns, tmp_path):
         path.write_bytes(b"{}\n" + content + b"\n")
         with pytest.raises(InputError, match="r.jsonl"):
             tasks.Results(tmp_path / "r", {}, columns)
+
+
+def test_rows_of_a_benchmark(folder, monkeypatch):
+    (folder / "task.jsonl").write_text('{"prompt": "def f1(x)"}\n{"prompt": "def f2(x)"}\n')
+    how = "--early_exit 1 --speculate_k 2 --num_prompts 2 --max_new_tokens 3 --repeats 1 --no-compile --device cpu"
+    args = ["--checkpoint_path", folder / "model.pth", "--task", folder / "task.jsonl", *how.split()]
+    args += ["--out", folder / "r"]
+    columns, kinds = benchmark.columns, {}
+    monkeypatch.setattr(benchmark, "columns", lambda *known: kinds.update(columns(*known)) or kinds)
+    assert call(benchmark.main, *args).returncode == 0
+    header, first, second = (folder / "r.jsonl").read_text().splitlines()
+    row = json.loads(second)
+    assert row.keys() == kinds.keys() and all(kind.allows(row[name]) for name, kind in kinds.items())
+    plain, drafted = row["decoded"]
+    spoiled = [{**drafted, name: value} for name in drafted for value in (None, "x", [-1], [[]], {})]
+    spoiled.append({**drafted, "decode_seconds": 0})
+    spoiled.append({**drafted, "rounds": {name: [1] for name in drafted["rounds"]}})
+    wrong = {
+        "repeat": [*WRONG, None, 1],
+        "prompt": [*WRONG, None, 2, 99],
+        "decoded": [*WRONG, None, [], {}, [plain], [plain, 3], [plain] * 3, *([plain, run] for run in spoiled)],
+    }
+    for name, values in wrong.items():
+        assert [value for value in values if kinds[name].allows(value)] == ([] if name == "decoded" else [0])
+    for words, last in ("line 3: decoded is ", json.dumps({**row, "decoded": []})), ("two rows of the same", first):
+        (folder / "r.jsonl").write_text("\n".join([header, first, last, ""]))
+        result = call(benchmark.main, *args)
+        assert result.returncode == 1 and result.stderr.count("\n") == 1 and words in result.stderr, result.stderr
 
 
 ROWS = [b'{"prompt": 3}', b'{"text": "x"}', b'{"prompt": "x", "reference": 3}', b'{"prompt": "x"}\n{"prompt": null}']
@@ -867,6 +895,7 @@ STREAMS = [  # what, command, options, its streams (None: closed), exit code, wh
     ("full, and wrong", generate, ["--top_p", "7"], [NULL, "/dev/full", ERR], 1, "error: --top_p 7"),
     ("reader gone", generate, [*GENERATE], [NULL, "gone", ERR], 141, ""),
     ("reader of help gone", quantize, ["--help"], [NULL, "gone", ERR], 141, ""),
+    ("PyTorch's warnings", quantize, ["--checkpoint_path", "{}/model.pth"], [NULL, OUT, ERR], 1, "error: "),
     ("nowhere to say what is wrong", generate, ["--top_p", "7"], [NULL, OUT, None], 1, ""),
     ("errors full", generate, ["--top_p", "7"], [NULL, OUT, "/dev/full"], 120, ""),  # Python's own code
     ("reader of errors gone", generate, ["--top_p", "7"], [NULL, OUT, "gone"], 120, ""),
@@ -874,9 +903,14 @@ STREAMS = [  # what, command, options, its streams (None: closed), exit code, wh
 
 
 def test_standard_streams_that_are_closed_full_or_broken(checkpoint, tmp_path):
-    model = ["--checkpoint_path", str(checkpoint("llama2"))]
+    path = checkpoint("llama2")
+    model = ["--checkpoint_path", str(path)]
+    shutil.copy(path.with_suffix(".json"), tmp_path)
+    odd = torch.quantize_per_tensor(torch.ones(64), 0.1, 0, torch.qint8)
+    torch.save({**torch.load(path, weights_only=True), "norm.weight": odd}, tmp_path / "model.pth")
     cases = []
     for _, module, args, streams, *_ in STREAMS:
+        args = [arg.format(tmp_path) for arg in args]
         cases.append((module.__name__, args if module is quantize else [*model, *args], streams))
     program = f"ROOT = {str(ROOT)!r}\n{WARM}"
     command = [sys.executable, "-c", program, json.dumps(cases), str(tmp_path)]
