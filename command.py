@@ -17,6 +17,7 @@ import early
 from values import whole
 
 MOST_THREADS = 1024
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 BROKEN_PIPE = 141  # the exit code of a command whose reader has left, as of one that SIGPIPE ends
 
 
@@ -100,6 +101,8 @@ def run_command(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="replace")  # what the terminal can't show is no reason to lose a run
     torch.set_num_threads(usable_threads())
     warnings.formatwarning = warning_line
+    # What PyTorch says of itself when it reads a quantized tensor, which ends in an error.
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated|torch.quantize_per_tensor")
     try:
         run(main)
     except KeyboardInterrupt:
@@ -201,6 +204,8 @@ def check_memory(nbytes: int, device: str | torch.device, what: str) -> None:
 
 def check_device(device: str) -> None:
     """Raise InputError unless tensors can be put on the device."""
+    if device.partition(":")[0] not in DEVICES:  # PyTorch knows more words, most of them for what is gone
+        raise InputError(f"--device {device}: must be {', '.join(DEVICES)}, or one of several, such as cuda:1")
     try:
         torch.zeros(1, device=device).item()
     except Exception as error:  # each kind of device has errors of its own

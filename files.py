@@ -42,15 +42,18 @@ CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS}  # the fi
 def check_regular(path: str | Path, what: str = "file", pipes: bool = False) -> None:
     """Raise InputError if `path` is there and is no regular file: reading it could take for ever.
 
-    what: is expected. pipes: allow those too, for what a user hands over as <(command).
+    what: is expected. pipes: allow those too, for what a user hands over as <(command), and /dev/null.
     """
     try:
-        mode = os.stat(path).st_mode
+        found = os.stat(path)
     except (OSError, ValueError):  # opening it says more
         return
-    if stat.S_ISDIR(mode):
+    if stat.S_ISDIR(found.st_mode):
         raise InputError(f"{path}: is a folder; a {what} was expected")
-    if not stat.S_ISREG(mode) and not (pipes and stat.S_ISFIFO(mode)):
+    ends = stat.S_ISREG(found.st_mode)
+    if pipes:
+        ends = ends or stat.S_ISFIFO(found.st_mode) or os.path.samestat(found, os.stat(os.devnull))
+    if not ends:
         raise InputError(f"{path}: not a regular file; a {what} was expected")
 
 
@@ -78,9 +81,14 @@ def read_text(path: str | Path, pipes: bool = False) -> str:
 def parse_json(text: str) -> Any:
     """The value of a JSON text. Raises ValueError for what Python takes beyond JSON, and for anything ambiguous."""
     try:
-        return json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
+        value = json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("half a surrogate pair is no character") from None
 
 
 def refuse(name: str) -> float:

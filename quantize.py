@@ -19,7 +19,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import described_by, expected_tensors, load_config, read_checkpoint, release, saved, verified
+from checkpoint import (
+    check_finite,
+    described_by,
+    expected_tensors,
+    load_config,
+    read_checkpoint,
+    release,
+    saved,
+    verified,
+)
 from command import InputError, Parser, check_device, run_command
 from files import check_fields, read_lines, read_text
 from kernels.formats import GROUPSIZES, dequantize, int4_range, int4_round, int8_rows, pack, round_weight
@@ -224,6 +233,8 @@ def quantize_checkpoint(
     with saved(out, types, new) as result, verified(path, described_by(path)):
         for i in tqdm(range(new.n_layer), desc=mode, unit="layer", disable=None):
             tensors = layer_state(state, i)
+            for name, t in tensors.items():
+                check_finite(t, f"{path}: tensor layers.{i}.{name}")
             if inputs:
                 matrices = quantize_layer(tensors, float_config, groupsize, inputs, act_order)
             else:
@@ -232,6 +243,8 @@ def quantize_checkpoint(
                 result[f"layers.{i}.{name}"].copy_(t)
             for t in tensors.values():
                 release(t)
+        for name in state.keys() & {"embed.weight", "head.weight", "norm.weight"}:
+            check_finite(state[name], f"{path}: tensor {name}")
         head = state["embed.weight" if config.tied else "head.weight"]
         weight, scale = int8_rows(head)
         result["head.weight"].copy_(weight)
