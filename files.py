@@ -234,6 +234,21 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
+def scratch_folder(beside: Path, name: str) -> Iterator[Path]:
+    """Give an empty folder in `beside`, which is deleted at the end; or, if this process is killed, by the next run
+    that takes the same name. Raises OSError if it can't be made.
+    """
+    clear(beside, name)
+    partial = partial_path(beside, name)
+    held = create(partial, folder=True)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.close(held)
+
+
+@contextmanager
 def new_folder(path: str | Path, option: str) -> Iterator[Path]:
     """Give an empty folder that becomes `path` if all goes well, and is deleted if not.
 
@@ -244,17 +259,15 @@ def new_folder(path: str | Path, option: str) -> Iterator[Path]:
     if path.exists() or path.is_symlink():
         raise InputError(f"{option} {path}: exists already; name a new folder")
     beside = next(folder for folder in path.absolute().parents if folder.exists())
-    partial = partial_path(beside, path.name)
-    held = -1
+    partial = beside  # until there is one
     try:
-        clear(beside, path.name)
-        held = create(partial, folder=True)
-        yield partial
-        for file in partial.rglob("*"):
-            sync(file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.rename(path)
-        sync_folder(path.parent)
+        with scratch_folder(beside, path.name) as partial:
+            yield partial
+            for file in partial.rglob("*"):
+                sync(file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.rename(path)
+            sync_folder(path.parent)
     except (OSError, SafetensorError) as error:  # the latter comes when the disk is full
         elsewhere = getattr(error, "filename", None)
         if elsewhere and not str(elsewhere).startswith((str(partial), str(path.parent))):
@@ -262,10 +275,6 @@ def new_folder(path: str | Path, option: str) -> Iterator[Path]:
         why = getattr(error, "strerror", None) or error
         advice = "name a new folder where there is room"
         raise InputError(f"{option} {path}: can't be written ({why}); {advice}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if held >= 0:
-            os.close(held)
 
 
 def write_text(path: str | Path, text: str) -> None:

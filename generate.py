@@ -5,6 +5,10 @@ The command line below it is a thin user.
 """
 
 if __name__ == "__main__":
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
     from early import begin
 
     begin()

@@ -6,6 +6,10 @@ reads one row. Where the head is tied to the embedding, it becomes an int8 copy.
 """
 
 if __name__ == "__main__":
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
     from early import begin
 
     begin()

@@ -16,6 +16,7 @@ import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ import tokenizer
 import train
 import tune
 from checkpoint import load_config, save_checkpoint
-from command import InputError, Parser
+from command import InputError, Parser, blaming
 from conftest import ROOT, call, edit_json
 from files import parse_json
 from model import ModelConfig
@@ -923,25 +924,102 @@ def test_standard_streams_that_are_closed_full_or_broken(checkpoint, tmp_path):
         assert codes[number] == code and said.startswith(words) and said.count("\n") == bool(words), (what, said)
 
 
-# Signals before a command has begun: while it imports PyTorch, here one that never ends.
+# Before a command has begun: while it imports PyTorch, which here is one that does something else.
+
+
+def scripts():
+    paths = [ROOT / f"{name}.py" for name in ("generate", "quantize")]
+    paths += [ROOT / "scripts" / f"{name.replace('scripts.', '')}.py" for name in COMMANDS]
+    return [path for path in paths if path.exists()]
+
+
+def fake_torch(folder, program):
+    """The folder, in which importing torch is to run a program."""
+    (folder / "torch").mkdir()
+    (folder / "torch" / "__init__.py").write_text(program)
+    return folder
+
+
+def start(script, folder, **how):
+    """A script's process, which imports from this folder first."""
+    return subprocess.Popen(
+        [sys.executable, script],
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **how,
+    )
+
+
+LACKS = [
+    (
+        "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')",
+        "the package torch is missing: pip install",
+    ),
+    ("raise MemoryError", "out of memory: "),
+    ("raise OSError(12, 'Cannot allocate memory')", "out of memory: "),
+    ("raise ImportError('libtorch_cpu.so: failed to map segment from shared object')", "out of memory: "),
+    ('raise RuntimeError("can\'t start new thread")', "no more threads can be started here: raise the limit"),
+]
+
+
+@pytest.mark.parametrize("torch,words", LACKS, ids=lambda value: value.split("(")[0] if "raise " in value else "")
+def test_what_an_import_lacks_is_one_line(torch, words, tmp_path):
+    folder = fake_torch(tmp_path, torch)
+    running = [start(script, folder) for script in scripts()]
+    for process in running:
+        errors = process.communicate(timeout=60)[1].decode()
+        assert process.returncode == 1 and errors.startswith(f"error: {words}") and errors.count("\n") == 1, errors
+
+
+@pytest.mark.parametrize("error,words", LACKS)
+def test_what_a_command_lacks_is_one_line(error, words, tmp_path):
+    check_fault(tmp_path, words, partial(exec, error))
+
+
+def test_other_errors_keep_their_traceback(tmp_path):
+    folder = fake_torch(tmp_path, "raise ImportError('x: Operation not permitted')")
+    errors = start(ROOT / "quantize.py", folder).communicate()[1]
+    assert errors.startswith(b"Traceback") and b"ImportError: x: Operation not permitted" in errors
+    with pytest.raises(RuntimeError, match="^wrong$"):
+        call(partial(exec, "raise RuntimeError('wrong')"))
+
+
+def test_memory_that_a_library_lacks_is_not_the_inputs_fault():
+    for error in (OSError(12, "Cannot allocate memory"), MemoryError()):
+        with pytest.raises(type(error)), blaming("a file"):
+            raise error
+
+
+def test_the_current_folder_is_gone(tmp_path):
+    folder, gone = fake_torch(tmp_path, ""), tmp_path / "gone"
+    for script in scripts():
+        gone.mkdir()
+        process = start(script, folder, cwd=gone, preexec_fn=gone.rmdir)
+        errors = process.communicate(timeout=60)[1].decode()
+        assert process.returncode == 1 and errors.startswith("error: the current folder: No such file"), errors
+        assert errors.count("\n") == 1
+
+
+def test_without_pythons_unsafe_path():
+    """-I is -P, which Python 3.10 hasn't, and more. No fake PyTorch: that would take PYTHONPATH."""
+    isolated = [path for path in scripts() if path.stem in ("quantize", "export_hf_checkpoint")]
+    for script in [*isolated, ROOT / "generate.py"]:
+        result = subprocess.run([sys.executable, "-I", script, "--help"], capture_output=True, text=True)
+        assert result.returncode == 0 and result.stdout.startswith("usage: "), result.stderr
+
+
+def test_what_comes_first_imports_nothing_slow():
+    program = "import sys; before = set(sys.modules); import early; print(*set(sys.modules) - before)"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert set(result.stdout.split()) <= {"early", "errno", "types"}, result.stdout
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_during_the_imports_are_silent(number, code, tmp_path):
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text("print('here', flush=True)\nimport time\ntime.sleep(60)\n")
-    scripts = [ROOT / f"{name}.py" for name in ("generate", "quantize")]
-    scripts += [ROOT / "scripts" / f"{name.replace('scripts.', '')}.py" for name in COMMANDS]
-    running = []
-    for script in [path for path in scripts if path.exists()]:
-        process = subprocess.Popen(
-            [sys.executable, script],
-            env={**os.environ, "PYTHONPATH": str(tmp_path)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
-        running.append((script, process))
+    folder = fake_torch(tmp_path, "print('here', flush=True)\nimport time\ntime.sleep(60)\n")
+    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    running = [(script, start(script, folder, preexec_fn=heard)) for script in scripts()]
     for script, process in running:
         assert process.stdout.readline() == b"here\n", (script, process.stderr.read())
         process.send_signal(number)
