@@ -17,6 +17,7 @@ import early
 from values import whole
 
 MOST_THREADS = 1024
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 BROKEN_PIPE = 141  # the exit code of a command whose reader has left, as of one that SIGPIPE ends
 
 
@@ -30,14 +31,10 @@ def first_line(error: BaseException, otherwise: str) -> str:
     return lines[0] if lines else otherwise
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of the CPU or a GPU. PyTorch's allocator on the CPU raises a RuntimeError that only its text tells apart."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-
-
-def warning_line(message: Warning | str, *where: object, **line: object) -> str:
-    """A warning as users of a command see it, without the place in the source."""
-    return f"warning: {message}\n"
+def warn(message: str) -> None:
+    """Print a warning in one line, whatever a library's message has in it. That it can't be printed stops nothing."""
+    with suppress(OSError):
+        print(f"warning: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -48,9 +45,11 @@ def blaming(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit, ModuleNotFoundError):
+    except (InputError, KeyboardInterrupt, SystemExit, GeneratorExit, ModuleNotFoundError):
         raise
     except BaseException as error:
+        if early.is_out_of_memory(error):
+            raise
         raise InputError(f"{what} ({first_line(error, type(error).__name__)})") from None
 
 
@@ -99,7 +98,8 @@ def run_command(main: Callable[[], None]) -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # what the terminal can't show is no reason to lose a run
     torch.set_num_threads(usable_threads())
-    warnings.formatwarning = warning_line
+    # What PyTorch says of itself when it reads a quantized tensor, which ends in an error.
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated|torch.quantize_per_tensor")
     try:
         run(main)
     except KeyboardInterrupt:
@@ -120,16 +120,14 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         drop_output()
         sys.exit(BROKEN_PIPE)
-    except OSError as error:
+    except Exception as error:
+        lack = early.what_is_lacking(error)
+        if lack:
+            sys.exit(error_line(lack))
+        if not isinstance(error, OSError):
+            raise
         drop_output()
         sys.exit(error_line(f"{error.filename or 'input or output'}: {error.strerror or error}"))
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            sys.exit("error: out of memory: take a smaller model, fewer --max_new_tokens, or a lower --precision")
-        raise
-    except ModuleNotFoundError as error:
-        how = "pip install -r requirements.txt, and for scripts/ -r scripts/requirements.txt"
-        sys.exit(f"error: the package {error.name} is missing: {how}")
 
 
 def error_line(message: str) -> str:
@@ -201,6 +199,8 @@ def check_memory(nbytes: int, device: str | torch.device, what: str) -> None:
 
 def check_device(device: str) -> None:
     """Raise InputError unless tensors can be put on the device."""
+    if device.partition(":")[0] not in DEVICES:  # PyTorch knows more words, most of them for what is gone
+        raise InputError(f"--device {device}: must be {', '.join(DEVICES)}, or one of several, such as cuda:1")
     try:
         torch.zeros(1, device=device).item()
     except Exception as error:  # each kind of device has errors of its own

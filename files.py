@@ -42,15 +42,18 @@ CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS}  # the fi
 def check_regular(path: str | Path, what: str = "file", pipes: bool = False) -> None:
     """Raise InputError if `path` is there and is no regular file: reading it could take for ever.
 
-    what: is expected. pipes: allow those too, for what a user hands over as <(command).
+    what: is expected. pipes: allow those too, for what a user hands over as <(command), and /dev/null.
     """
     try:
-        mode = os.stat(path).st_mode
+        found = os.stat(path)
     except (OSError, ValueError):  # opening it says more
         return
-    if stat.S_ISDIR(mode):
+    if stat.S_ISDIR(found.st_mode):
         raise InputError(f"{path}: is a folder; a {what} was expected")
-    if not stat.S_ISREG(mode) and not (pipes and stat.S_ISFIFO(mode)):
+    ends = stat.S_ISREG(found.st_mode)
+    if pipes:
+        ends = ends or stat.S_ISFIFO(found.st_mode) or os.path.samestat(found, os.stat(os.devnull))
+    if not ends:
         raise InputError(f"{path}: not a regular file; a {what} was expected")
 
 
@@ -78,9 +81,14 @@ def read_text(path: str | Path, pipes: bool = False) -> str:
 def parse_json(text: str) -> Any:
     """The value of a JSON text. Raises ValueError for what Python takes beyond JSON, and for anything ambiguous."""
     try:
-        return json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
+        value = json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("half a surrogate pair is no character") from None
 
 
 def refuse(name: str) -> float:
@@ -226,6 +234,21 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
+def scratch_folder(beside: Path, name: str) -> Iterator[Path]:
+    """Give an empty folder in `beside`, which is deleted at the end; or, if this process is killed, by the next run
+    that takes the same name. Raises OSError if it can't be made.
+    """
+    clear(beside, name)
+    partial = partial_path(beside, name)
+    held = create(partial, folder=True)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.close(held)
+
+
+@contextmanager
 def new_folder(path: str | Path, option: str) -> Iterator[Path]:
     """Give an empty folder that becomes `path` if all goes well, and is deleted if not.
 
@@ -236,17 +259,15 @@ def new_folder(path: str | Path, option: str) -> Iterator[Path]:
     if path.exists() or path.is_symlink():
         raise InputError(f"{option} {path}: exists already; name a new folder")
     beside = next(folder for folder in path.absolute().parents if folder.exists())
-    partial = partial_path(beside, path.name)
-    held = -1
+    partial = beside  # until there is one
     try:
-        clear(beside, path.name)
-        held = create(partial, folder=True)
-        yield partial
-        for file in partial.rglob("*"):
-            sync(file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.rename(path)
-        sync_folder(path.parent)
+        with scratch_folder(beside, path.name) as partial:
+            yield partial
+            for file in partial.rglob("*"):
+                sync(file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.rename(path)
+            sync_folder(path.parent)
     except (OSError, SafetensorError) as error:  # the latter comes when the disk is full
         elsewhere = getattr(error, "filename", None)
         if elsewhere and not str(elsewhere).startswith((str(partial), str(path.parent))):
@@ -254,10 +275,6 @@ def new_folder(path: str | Path, option: str) -> Iterator[Path]:
         why = getattr(error, "strerror", None) or error
         advice = "name a new folder where there is room"
         raise InputError(f"{option} {path}: can't be written ({why}); {advice}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if held >= 0:
-            os.close(held)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -5,6 +5,10 @@ The command line below it is a thin user.
 """
 
 if __name__ == "__main__":
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
     from early import begin
 
     begin()
@@ -588,7 +592,7 @@ class Conversation:
             if show:
                 show(piece)
 
-        prompt = self.tokenizer.chat(messages)
+        prompt = self.tokenizer.chat(messages, self.decoder.context)
         try:
             run_sample(self.decoder, self.tokenizer, prompt, self.ending, keep, on_draft, reuse=True)
         except InputError:
@@ -709,7 +713,8 @@ def interact(decoder: Decoder, tokenizer: Tokenizer, args: argparse.Namespace, e
             if conversation:
                 conversation.answer(line, display.text, on_draft)
             else:
-                run_sample(decoder, tokenizer, tokenizer.encode(line), ending, display.text, on_draft)
+                prompt = tokenizer.encode(line, context=decoder.context)
+                run_sample(decoder, tokenizer, prompt, ending, display.text, on_draft)
         except InputError as error:
             print(f"error: {error}")
             continue
@@ -794,11 +799,14 @@ def read_prompt(args: argparse.Namespace, shard: Shard) -> str:
     return text
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str, args: argparse.Namespace) -> list[int]:
-    """The ids that the model is given for the prompt, by the chat template if --chat asks for it."""
+def encode_prompt(tokenizer: Tokenizer, text: str, args: argparse.Namespace, context: int) -> list[int]:
+    """The ids that the model is given for the prompt, by the chat template if --chat asks for it.
+
+    Raises InputError, also if it can't fit into the context.
+    """
     if not args.chat:
-        return tokenizer.encode(text)
-    return tokenizer.chat([*opening(args.system), dict(role="user", content=text)])
+        return tokenizer.encode(text, context=context)
+    return tokenizer.chat([*opening(args.system), dict(role="user", content=text)], context)
 
 
 def add_what_to_run(p: argparse.ArgumentParser) -> None:
@@ -1199,7 +1207,7 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load(path, args.device, args.precision, shard, not args.no_verify)
     ending = Ending.of(model, tokenizer, args.max_new_tokens, args.stop, args.stop_token_ids)
     text = read_prompt(args, shard)
-    prompt = encode_prompt(tokenizer, text, args)
+    prompt = encode_prompt(tokenizer, text, args, model.config.context)
     draft_model = load_draft(args, path, tokenizer, shard)
     shard.gather(None)  # some may take much longer to load than others, and a collective waits only so long
     if "auto" in (args.early_exit, args.speculate_k):

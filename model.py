@@ -26,7 +26,7 @@ from values import FLAG, NOTHING, TEXT, list_of, one_of, real, shown, whole
 SIZES = {
     "vocab_size": whole(1, 2**24),
     "dim": whole(1, 2**17),
-    "n_layer": whole(1, 10_000),
+    "n_layer": whole(1, 1000),
     "n_head": whole(1, 2**14),
     "n_kv_head": whole(1, 2**14),
     "head_dim": whole(1, 2**14),

@@ -6,6 +6,10 @@ reads one row. Where the head is tied to the embedding, it becomes an int8 copy.
 """
 
 if __name__ == "__main__":
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
     from early import begin
 
     begin()
@@ -19,7 +23,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import described_by, expected_tensors, load_config, read_checkpoint, release, saved, verified
+from checkpoint import (
+    check_finite,
+    described_by,
+    expected_tensors,
+    load_config,
+    read_checkpoint,
+    release,
+    saved,
+    verified,
+)
 from command import InputError, Parser, check_device, run_command
 from files import check_fields, read_lines, read_text
 from kernels.formats import GROUPSIZES, dequantize, int4_range, int4_round, int8_rows, pack, round_weight
@@ -224,6 +237,8 @@ def quantize_checkpoint(
     with saved(out, types, new) as result, verified(path, described_by(path)):
         for i in tqdm(range(new.n_layer), desc=mode, unit="layer", disable=None):
             tensors = layer_state(state, i)
+            for name, t in tensors.items():
+                check_finite(t, f"{path}: tensor layers.{i}.{name}")
             if inputs:
                 matrices = quantize_layer(tensors, float_config, groupsize, inputs, act_order)
             else:
@@ -232,6 +247,8 @@ def quantize_checkpoint(
                 result[f"layers.{i}.{name}"].copy_(t)
             for t in tensors.values():
                 release(t)
+        for name in state.keys() & {"embed.weight", "head.weight", "norm.weight"}:
+            check_finite(state[name], f"{path}: tensor {name}")
         head = state["embed.weight" if config.tied else "head.weight"]
         weight, scale = int8_rows(head)
         result["head.weight"].copy_(weight)

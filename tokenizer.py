@@ -10,6 +10,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,6 +62,8 @@ FLAGS = (  # of tokenizer_config.json
     "split_special_tokens",
 )
 TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+MOST_CHARACTERS = 256  # of a token on average; a text with more of them per token is not encoded
+RENDER_SECONDS = 10.0  # for a chat template, which takes milliseconds
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of pieces in a sentencepiece model
 
 
@@ -119,12 +123,17 @@ class Tokenizer:
             return None
         return self.added.get(text)
 
-    def encode(self, text: str, special: bool = True) -> list[int]:
+    def encode(self, text: str, special: bool = True, context: int | None = None) -> list[int]:
         """The ids of a text. A special token such as `<s>` in the text becomes its id.
 
-        special: add what the tokenizer puts around a text, such as BOS. Raises InputError if the text isn't valid
-        Unicode, or has a token that the model doesn't know.
+        special: add what the tokenizer puts around a text, such as BOS. context: how many tokens there is room for; a
+        text that is much too long is refused at once, as encoding it could take minutes. Raises InputError for that,
+        and if the text isn't valid Unicode, or has a token that the model doesn't know.
         """
+        if context is not None and len(text) > context * MOST_CHARACTERS:
+            raise InputError(
+                f"the text has {len(text)} characters, which can't fit into the context of {context} tokens"
+            )
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -178,24 +187,25 @@ class Tokenizer:
         """The text that the chat template makes of messages, which are dicts with `role` and `content`.
 
         add_generation_prompt: end with the header of the next answer. Raises InputError if the folder has no template,
-        or the template refuses the messages.
+        or the template refuses the messages or takes too long.
         """
         if self.template is None:
             raise InputError(f"{self.folder}: has no chat template, so --chat can't be used with it")
         known = dict(messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt)
         try:
-            template = chat_environment().from_string(self.template)
-            return template.render(**known, **self.roles)
+            with time_limit(RENDER_SECONDS):
+                template = chat_environment().from_string(self.template)
+                return template.render(**known, **self.roles)
         except Exception as error:  # a template is a program: it can fail in any way
             reason = first_line(error, type(error).__name__)
             raise InputError(f"{self.folder}: its chat template can't render this conversation ({reason})") from None
 
-    def chat(self, messages: list[dict]) -> list[int]:
+    def chat(self, messages: list[dict], context: int | None = None) -> list[int]:
         """The ids of a conversation, with the header of the next answer at the end.
 
-        Raises InputError as `render` and `encode` do.
+        context: as for `encode`. Raises InputError as `render` and `encode` do.
         """
-        return self.encode(self.render(messages), special=False)  # the template itself writes BOS
+        return self.encode(self.render(messages), special=False, context=context)  # the template itself writes BOS
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files into a folder. This class and transformers read the same tokenizer from them."""
@@ -317,7 +327,19 @@ TOKEN_ID = whole(0, 2**31 - 1)
 
 
 def is_token(value: object) -> bool:
-    return TEXT.allows(value) or (isinstance(value, dict) and TEXT.allows(value.get("content")))
+    return TEXT.allows(value) or is_described(value)
+
+
+def is_described(value: object) -> bool:
+    """Whether it is an object with a token's text and flags."""
+    if not isinstance(value, dict) or not TEXT.allows(value.get("content")):
+        return False
+    return all(FLAG.allows(value[name]) for name in TOKEN_FLAGS if name in value)
+
+
+def is_listed(value: object) -> bool:
+    """The same, with the token's id."""
+    return isinstance(value, dict) and is_described(value) and TOKEN_ID.allows(value.get("id"))
 
 
 def is_token_table(value: object) -> bool:
@@ -327,10 +349,19 @@ def is_token_table(value: object) -> bool:
     return all(name.isdecimal() and len(name) < 20 and TOKEN_ID.allows(int(name)) for name in value)
 
 
+def is_template_list(value: object) -> bool:
+    """Whether it is [{name: text, template: text}, ...]."""
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        return False
+    return all(TEXT.allows(entry.get("name")) and TEXT.allows(entry.get("template")) for entry in value)
+
+
 TOKEN = Kind("a text or an object with its content", is_token)
+TEMPLATES = Kind("a list of objects with the texts name and template", is_template_list)
+LISTED = Kind("an object with the content, id and flags of a token", is_listed)
 SETTINGS = {
     "tokenizer_class": TEXT | NOTHING,
-    "chat_template": TEXT | OBJECT | list_of(OBJECT) | NOTHING,
+    "chat_template": TEXT | OBJECT | TEMPLATES | NOTHING,
     "added_tokens_decoder": Kind("an object of tokens by their ids", is_token_table) | NOTHING,
     "additional_special_tokens": list_of(TOKEN) | NOTHING,
     "extra_special_tokens": list_of(TOKEN) | OBJECT | NOTHING,
@@ -355,18 +386,19 @@ class Settings:
     @classmethod
     def read(cls, folder: Path) -> "Settings":
         """The settings of a folder. Raises InputError if one of the files is not what it should be."""
-        path = folder / "tokenizer_config.json"
+        path = source = folder / "tokenizer_config.json"
         own = read_object(path)
         check_fields(own, SETTINGS, path)
         kind = own.get("tokenizer_class")
         if not kind:
-            config = read_object(folder / "config.json")
-            check_fields(config, {"tokenizer_class": TEXT | NOTHING}, folder / "config.json")
+            source = folder / "config.json"
+            config = read_object(source)
+            check_fields(config, {"tokenizer_class": TEXT | NOTHING}, source)
             kind = config.get("tokenizer_class") or ""
         settings = cls(kind.removesuffix("Fast"), dict(own), path.exists())
         if settings.kind not in CLASSES and settings.kind not in PLAIN_CLASSES:
             advice = "if tokenizer.json is right as it is, change it to PreTrainedTokenizerFast"
-            raise InputError(f"{path}: tokenizer_class {kind} is not supported; {advice}")
+            raise InputError(f"{source}: tokenizer_class {kind} is not supported; {advice}")
         with blaming(f"{path}, or a file beside it, has no readable list of tokens"):
             settings._read_roles(folder)
             settings._read_added(folder)
@@ -377,7 +409,7 @@ class Settings:
         """Fill `roles`, `extra` and `older_extra`."""
         values = self.values
         self._read_extra()
-        if "added_tokens_decoder" not in values:
+        if values.get("added_tokens_decoder") is None:
             self._read_older_map(folder)
         self.older_extra = [added_token(value) for value in values.get("additional_special_tokens") or []]
         others = [name for name in values if name.endswith("_token") and name not in STANDARD_ROLES]
@@ -422,8 +454,9 @@ class Settings:
 
     def _added_by_id(self, folder: Path) -> dict[int, AddedToken]:
         """{id: token} as tokenizer_config.json lists them, or as the other files do if it doesn't."""
-        if "added_tokens_decoder" in self.values:
-            return {int(id): added_token(value) for id, value in self.values["added_tokens_decoder"].items()}
+        listed = self.values.get("added_tokens_decoder")
+        if listed is not None:
+            return {int(id): added_token(value) for id, value in listed.items()}
         special = {token.content for token in [*self.roles.values(), *(self.extra or [])] if token}
         by_id = {}
         path = folder / "added_tokens.json"
@@ -431,7 +464,10 @@ class Settings:
             check_fields({text: id}, {text: TOKEN_ID}, path)
             is_special = text in special
             by_id[id] = AddedToken(text, normalized=not is_special, special=is_special)
-        for value in read_object(folder / "tokenizer.json").get("added_tokens") or []:
+        path = folder / "tokenizer.json"
+        backend = read_object(path)
+        check_fields(backend, {"added_tokens": list_of(LISTED) | NOTHING}, path)
+        for value in backend.get("added_tokens") or []:
             by_id[value["id"]] = added_token(value)
         return by_id
 
@@ -483,16 +519,32 @@ def read_template(folder: Path, settings: dict) -> str | None:
         return read_text(file)
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, with names
-        named = {}
-        for entry in template:
-            if isinstance(entry, dict):
-                named[entry.get("name")] = entry.get("template")
-        template = named
+        template = {entry["name"]: entry["template"] for entry in template}
     if isinstance(template, dict):
         template = template.get("default")
     if isinstance(template, str):
         return template
     return None
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the body after so many seconds. No limit outside the main thread, or without timers."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError(f"it takes more than {seconds} seconds")
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # again, as jinja2 drops some errors
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
 class GenerationBlock(jinja2.ext.Extension):
@@ -620,7 +672,7 @@ def read_backend(folder: Path, settings: Settings) -> tokenizers.Tokenizer:
         return whole
     if not isinstance(whole.model, BPE):
         kind = type(whole.model).__name__
-        raise InputError(f"{file}: a {kind} model, which {settings.kind}, named in tokenizer_config.json, can't have")
+        raise InputError(f"{file}: a {kind} model, which the tokenizer_class {settings.kind} can't have")
     backend = class_backend(parse_json(text)["model"], settings)
     if settings.kind == "CodeLlamaTokenizer":
         frame_texts(backend, settings, bos=True)
@@ -790,9 +842,7 @@ def sentencepiece_backend(path: Path, settings: Settings) -> tokenizers.Tokenize
     proto = read_proto(path)
     llama = settings.kind in ("LlamaTokenizer", "CodeLlamaTokenizer")
     if settings.kind in CLASSES and not llama:
-        raise InputError(
-            f"{path}: a sentencepiece model, which {settings.kind}, named in tokenizer_config.json, can't have"
-        )
+        raise InputError(f"{path}: a sentencepiece model, which the tokenizer_class {settings.kind} can't have")
     if settings.extra is None:
         settings.extra = special_pieces(proto, user_defined=llama)
     if llama:
@@ -895,7 +945,7 @@ def proto_decoders(proto: Any) -> list[Any]:
 
 def piece_texts(proto: Any, settings: Settings) -> list[str]:
     """The text of each piece. The folder's settings may rename a piece, for example a placeholder."""
-    listed = settings.values.get("added_tokens_decoder", {})
+    listed = settings.values.get("added_tokens_decoder") or {}
     names = {int(id): token["content"] for id, token in listed.items()}
     kept = {piece.piece for id, piece in enumerate(proto.pieces) if id not in names}
     texts = []
@@ -961,7 +1011,7 @@ class TiktokenTokenizer(Tokenizer):
         self.folder = folder
         ranks = read_ranks(folder / "tokenizer.model")
         self.added = llama3_special(len(ranks))
-        named = settings.values.get("added_tokens_decoder", {})
+        named = settings.values.get("added_tokens_decoder") or {}
         if named:  # the versions of Llama 3 have different names; the folder's count
             self.added = {token["content"]: int(id) for id, token in named.items() if token["content"]}
         self.bos = settings.values.get("add_bos_token", True)

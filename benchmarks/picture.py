@@ -3,9 +3,16 @@
 usage: python benchmarks/picture.py benchmark.json picture.png
 """
 
-import json
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    from early import begin
+
+    begin()
+
+import json
 
 import matplotlib
 

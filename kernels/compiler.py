@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from kernels.cpu import complaint, reason, warn
+from command import warn
+from kernels.cpu import complaint, reason
 
 works = True  # until it fails for want of something
 RECOMPILE_LIMIT = 256  # the same functions again for each model, drafter and k

@@ -6,19 +6,18 @@ import os
 import platform
 import shlex
 import shutil
-import signal
 import subprocess
 import tempfile
-import warnings
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 from torch import Tensor
 
-from command import InputError
-from files import replacing
+from command import InputError, warn
+from files import replacing, scratch_folder
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 TORCH = Path(torch.__file__).parent
@@ -53,23 +52,33 @@ def find_compiler() -> list[str]:
     return [found]
 
 
+@contextmanager
+def guarded(group: int) -> Iterator[None]:
+    """Kill a group of processes if the body fails or this process ends in it, by whatever signal.
+
+    A shell sees to it: it waits for the end of a pipe, which no process outlives.
+    """
+    command = ["/bin/sh", "-c", f"read line; kill -KILL -{group}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) as shell:
+        yield
+        shell.kill()
+
+
 def run(command: list[str], seconds: int, **environment: str) -> str:
     """What a compiler says. Raises BuildError if it fails, or takes longer."""
     try:
-        with subprocess.Popen(
-            command,
-            env={**os.environ, "LC_ALL": "C", **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        ) as process:
-            try:
-                output = process.communicate(timeout=seconds)[0].decode(errors="replace").strip()
-            except BaseException:  # also Ctrl-C: what a compiler started would go on
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                raise
+        with (
+            subprocess.Popen(
+                command,
+                env={**os.environ, "LC_ALL": "C", **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            ) as process,
+            guarded(process.pid),
+        ):
+            output = process.communicate(timeout=seconds)[0].decode(errors="replace").strip()
     except OSError as error:
         raise BuildError(f"{command[0]}: {error.strerror}; {ANOTHER}") from None
     except subprocess.TimeoutExpired:
@@ -161,14 +170,18 @@ def keep(built: Path, folder: Path | None, inputs: str) -> Path:
         return built
 
 
-def scratch(otherwise: Path | None) -> tempfile.TemporaryDirectory:
-    """A temporary folder, in `otherwise` where the system's can't be written. Raises OSError if none can be."""
+def scratch(otherwise: Path | None) -> AbstractContextManager[Path]:
+    """A folder to build in: a temporary one, in `otherwise` where the system's can't be written.
+
+    Raises OSError if none can be.
+    """
     try:
-        return tempfile.TemporaryDirectory()
+        beside = Path(tempfile.gettempdir())
     except OSError:
         if otherwise is None:
             raise
-        return tempfile.TemporaryDirectory(dir=otherwise)
+        beside = otherwise
+    return scratch_folder(beside, "kernels")
 
 
 def load() -> None:
@@ -193,7 +206,7 @@ def load() -> None:
         library = find(folder, inputs)  # built by another process meanwhile
         if not library:
             work = stack.enter_context(scratch(folder))
-            library = keep(compile_library(compiler, flags, Path(work)), folder, inputs)
+            library = keep(compile_library(compiler, flags, work), folder, inputs)
         torch.ops.load_library(library)
 
 
@@ -201,11 +214,6 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
-
-
-def warn(message: str) -> None:
-    """In one line, whatever a compiler's message has in it."""
-    warnings.warn(" ".join(message.split()), stacklevel=2)
 
 
 def prepare() -> bool:

@@ -8,13 +8,13 @@ launched is a reason to do without it. What a kernel does wrong, like an illegal
 import contextlib
 import io
 import subprocess
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from command import warn
 from kernels import cuda, formats, fused
 from kernels.cuda import triton
 
@@ -56,7 +56,7 @@ def prepare(x: Tensor, group: int, width: int, fuse: bool) -> bool:
         if why:
             dtype = str(x.dtype).removeprefix("torch.")
             message = f"decoding in {dtype} on {device_name(x.device)} runs on plain PyTorch, which is slower"
-            warnings.warn(f"{message}: {why}", stacklevel=1)
+            warn(f"{message}: {why}")
     return cuda.takes(x)
 
 

@@ -43,7 +43,7 @@ from generate import Decoder, acceptance, load, peak_memory_gb, total_counts, to
 from kernels.compiler import compiled
 from model import Linear, ModelConfig, RMSNorm, Transformer
 from tokenizer import Tokenizer
-from values import OBJECT, filled, list_of, real, whole
+from values import Kind, filled, list_of, real, whole
 
 # vocab_size, dim, n_layer, n_head, n_kv_head, head_dim, intermediate_size, context, tied
 SHAPES = {
@@ -56,7 +56,11 @@ SHAPES = {
     "codellama-34B": (32000, 8192, 48, 64, 8, 128, 22016, 16384, False),
     "llama2-70B": (32000, 8192, 80, 64, 8, 128, 28672, 4096, False),
 }
-COLUMNS = {"repeat": whole(), "prompt": whole(), "decoded": list_of(OBJECT)}  # of FILE.jsonl
+DECODED = {  # what `decode` gives, beside its rounds
+    "tokens": list_of(whole()),
+    "prefill_seconds": real(),
+    "decode_seconds": real(1e-9),  # what is measured is divided by it
+}
 PASS_POSITION = 128  # where --pass_rows times a pass
 BAR_WIDTH = 40  # characters of a bar that stands for 100%
 WARM_UPS = 3  # passes before those that are timed
@@ -146,8 +150,9 @@ def main(argv: list[str] | None = None) -> None:
     work = load_shape(args) if args.shape else load_checkpoint(args)
     bandwidth = read_bandwidth(args.device)
     pass_seconds = pass_times(work.model, args.pass_rows, args.compile) if args.pass_rows else []
-    results = tasks.Results(args.out, tasks.measured_with(args, "json", "out", "pass_rows", "score"), COLUMNS)
     decoders = make_decoders(args, work)
+    conditions = tasks.measured_with(args, "json", "out", "pass_rows", "score")
+    results = tasks.Results(args.out, conditions, columns(args.repeats, len(work.prompts), decoders))
     compile_seconds = compile_all(decoders, work.prompts[0])
     measure(args, decoders, work.prompts, results)
     table = summarize(args, work, decoders, results.rows, compile_seconds, bandwidth)
@@ -358,6 +363,29 @@ def decode(decoder: Decoder, prompt: list[int], max_new_tokens: int) -> tasks.Ro
         prefill_seconds=stats.prefill_seconds,
         decode_seconds=stats.decode_seconds,
     )
+
+
+def columns(repeats: int, prompts: int, decoders: list[Decoder]) -> dict[str, Kind]:
+    """What a row of FILE.jsonl has."""
+
+    def are_decoded(value: object) -> bool:
+        return isinstance(value, list) and len(value) == len(decoders) and all(map(is_decoded, decoders, value))
+
+    return {
+        "repeat": whole(0, repeats - 1),
+        "prompt": whole(0, prompts - 1),
+        "decoded": Kind(f"a list of what each of {len(decoders)} ways to decode gave", are_decoded),
+    }
+
+
+def is_decoded(decoder: Decoder, value: object) -> bool:
+    """Whether it can be what `decode` gave for this decoder."""
+    if not isinstance(value, dict) or not all(kind.allows(value.get(name)) for name, kind in DECODED.items()):
+        return False
+    rounds = value.get("rounds")
+    if not isinstance(rounds, dict) or rounds.keys() != {member.name for member in decoder.pieces}:
+        return False
+    return all(list_of(whole()).allows(counts) and len(counts) == decoder.K + 1 for counts in rounds.values())
 
 
 # The table, from rows of results: {repeat, prompt, decoded: what `decode` gives, for each decoder}.

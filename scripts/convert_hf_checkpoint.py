@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import dtype_name, plain, saved
+from checkpoint import check_finite, dtype_name, plain, saved
 from command import InputError, Parser, blaming, check_memory, run_command
 from files import check_fields, check_regular, read_object
 from model import NORM_EPS, ROPE_SCALING, ROPE_THETA, SIZES, ModelConfig
@@ -30,17 +30,6 @@ from tokenizer import Tokenizer
 from values import FLAG, NOTHING, OBJECT, TEXT, filled_path, list_of, shown, whole
 
 AGAIN = "download the checkpoint again"
-
-# {our tensor: their tensors} of a layer. If they have several, ours is theirs stacked along the rows.
-LAYER = {
-    "attention_norm.weight": ["input_layernorm.weight"],
-    "attention.wqkv.weight": ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
-    "attention.wo.weight": ["self_attn.o_proj.weight"],
-    "ffn_norm.weight": ["post_attention_layernorm.weight"],
-    "ffn.w13.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
-    "ffn.w2.weight": ["mlp.down_proj.weight"],
-}
-
 
 ID = whole()  # of a token; the model's description knows how many there are
 CONFIG = {  # the fields of config.json that are read
@@ -62,15 +51,41 @@ CONFIG = {  # the fields of config.json that are read
 }
 
 
-def tensor_names(config: ModelConfig) -> dict[str, list[str]]:
-    """{our tensor: [their tensors, ...]} of the whole model. Ours is theirs stacked along the rows."""
-    names = {"embed.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"]}
+Shape = tuple[int, ...]
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, dict[str, Shape]]:
+    """{our tensor: {their tensor: its shape}} of the whole model. Ours is theirs stacked along the rows."""
+    embedding, norm = (config.vocab_size, config.dim), (config.dim,)
+    shapes: dict[str, dict[str, Shape]] = {
+        "embed.weight": {"model.embed_tokens.weight": embedding},
+        "norm.weight": {"model.norm.weight": norm},
+    }
     if not config.tied:
-        names["head.weight"] = ["lm_head.weight"]
+        shapes["head.weight"] = {"lm_head.weight": embedding}
     for i in range(config.n_layer):
-        for ours, theirs in LAYER.items():
-            names[f"layers.{i}.{ours}"] = [f"model.layers.{i}.{name}" for name in theirs]
-    return names
+        for ours, parts in layer_shapes(config).items():
+            shapes[f"layers.{i}.{ours}"] = {f"model.layers.{i}.{name}": shape for name, shape in parts.items()}
+    return shapes
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, dict[str, Shape]]:
+    """The same of one layer."""
+    norm = (config.dim,)
+    query, key = (config.n_head * config.head_dim, config.dim), (config.n_kv_head * config.head_dim, config.dim)
+    gate = (config.intermediate_size, config.dim)
+    return {
+        "attention_norm.weight": {"input_layernorm.weight": norm},
+        "attention.wqkv.weight": {
+            "self_attn.q_proj.weight": query,
+            "self_attn.k_proj.weight": key,
+            "self_attn.v_proj.weight": key,
+        },
+        "attention.wo.weight": {"self_attn.o_proj.weight": query[::-1]},
+        "ffn_norm.weight": {"post_attention_layernorm.weight": norm},
+        "ffn.w13.weight": {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": gate},
+        "ffn.w2.weight": {"mlp.down_proj.weight": gate[::-1]},
+    }
 
 
 def read_json(path: Path) -> dict:
@@ -190,7 +205,7 @@ def shard_names(index: Path) -> list[str]:
 def read_weights(files: list[Path]) -> dict[str, Tensor]:
     """{name: tensor} of all the files, memory-mapped if the format allows it.
 
-    Raises InputError if a file is missing or damaged, or holds something else than tensors.
+    Raises InputError if a file is missing or damaged, holds something else than tensors, or has one that another has.
     """
     tensors: dict[str, Tensor] = {}
     for file in tqdm(files, desc="reading", unit="file", disable=None):
@@ -198,7 +213,10 @@ def read_weights(files: list[Path]) -> dict[str, Tensor]:
         if not file.exists():
             raise InputError(f"{file}: not found; {AGAIN}")
         with blaming(f"{file}: truncated or damaged; {AGAIN}"):
-            tensors |= read_tensors(file)
+            found = read_tensors(file)
+        for name in found.keys() & tensors.keys():
+            raise InputError(f"{file}: tensor {name} is in another file too; {AGAIN}")
+        tensors |= found
     return tensors
 
 
@@ -225,28 +243,26 @@ def plan(folder: Path, config: ModelConfig, theirs: dict[str, Tensor]) -> dict[s
     """
     wanted = {}
     left = set(theirs)
-    for ours, names in tensor_names(config).items():
-        for name in names:
-            check_tensor(folder, name, theirs)
-        parts = [theirs[name] for name in names]
-        if len({part.shape[1:] for part in parts}) > 1:
-            raise InputError(f"{folder}: {', '.join(names)} have shapes that don't fit together")
+    for ours, shapes in tensor_shapes(config).items():
+        for name, shape in shapes.items():
+            check_tensor(folder, name, theirs, shape)
+        parts = [theirs[name] for name in shapes]
         rows = sum(map(len, parts))
         wanted[ours] = torch.empty(rows, *parts[0].shape[1:], dtype=parts[0].dtype, device="meta")
-        left -= set(names)
+        left -= shapes.keys()
     for name in sorted(left):
         if not is_redundant(name, config):
             raise InputError(f"{folder}: tensor {name} is not part of the model that config.json describes")
     return wanted
 
 
-def check_tensor(folder: Path, name: str, theirs: dict[str, Tensor]) -> None:
-    """Raise InputError if a tensor is missing, or has another dtype than float32, bfloat16 or float16."""
+def check_tensor(folder: Path, name: str, theirs: dict[str, Tensor], wanted: Shape) -> None:
+    """Raise InputError if a tensor is missing, or has another shape, or is not float32, bfloat16 or float16."""
     if name not in theirs:
         raise InputError(f"{folder}: the checkpoint has no tensor {name}")
     shape = tuple(theirs[name].shape)
-    if not shape or 0 in shape:
-        raise InputError(f"{folder}: tensor {name} has the shape {shape}: it is no vector or matrix")
+    if shape != wanted:
+        raise InputError(f"{folder}: tensor {name} has the shape {shape}; config.json wants {wanted}")
     dtype = theirs[name].dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise InputError(f"{folder}: tensor {name} is {dtype_name(dtype)}; float32, bfloat16 or float16 was expected")
@@ -321,10 +337,10 @@ def convert(folder: str | Path) -> Path:
         print("note: the folder names no token that ends a text; see generate.py --stop and --stop_token_ids")
     note_what_is_left_out(folder)
     path = folder / "model.pth"
-    names = tensor_names(config)
+    names = tensor_shapes(config)
     with saved(path, plan(folder, config, theirs), config) as result:
         for ours, tensor in tqdm(result.items(), desc="converting", unit="tensor", disable=None):
-            stack(folder, names[ours], theirs, tensor)
+            stack(folder, list(names[ours]), theirs, tensor)
     return path
 
 
@@ -336,11 +352,7 @@ def stack(folder: Path, names: list[str], theirs: dict[str, Tensor], result: Ten
     start = 0
     for name in names:
         part = theirs.pop(name)
-        for extreme in part.aminmax():
-            if not extreme.isfinite():
-                raise InputError(
-                    f"{folder}: tensor {name} holds values that are not finite: the file is damaged; download it again"
-                )
+        check_finite(part, f"{folder}: tensor {name}")
         result[start : start + len(part)].copy_(part)
         start += len(part)
 

@@ -14,9 +14,9 @@ from typing import Any
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from checkpoint import described_by, dtype_name, read_checkpoint, verified
+from checkpoint import check_finite, described_by, dtype_name, read_checkpoint, verified
 from command import InputError, Parser, run_command
-from convert_hf_checkpoint import tensor_names
+from convert_hf_checkpoint import tensor_shapes
 from files import new_folder, write_json
 from model import ModelConfig
 from tokenizer import Tokenizer
@@ -26,7 +26,7 @@ from values import filled_path
 def export(path: str | Path, out: str | Path) -> Path:
     """Write model.pth's weights, the configuration and the tokenizer into the new folder `out`; returns `out`.
 
-    Raises InputError if the checkpoint is quantized, or the folder exists or can't be written.
+    Raises InputError if the checkpoint is quantized or not finite, or the folder exists or can't be written.
     """
     path, out = Path(path), Path(out)
     description = described_by(path)
@@ -38,6 +38,8 @@ def export(path: str | Path, out: str | Path) -> Path:
                 "export the checkpoint that it was made from"
             )
         tokenizer = Tokenizer.load(path.parent)
+        for name, t in state.items():
+            check_finite(t, f"{path}: tensor {name}")
         save_torch_state_dict(unstack(state, config), folder)
         special = {"bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids) or None}
         dtype = dtype_name(state["embed.weight"].dtype)
@@ -49,14 +51,10 @@ def export(path: str | Path, out: str | Path) -> Path:
 
 def unstack(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Our tensors as Hugging Face's, which has the matrices one by one that are stacked here."""
-    query, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-    rows = {3: [query, kv, kv], 2: [config.intermediate_size] * 2}  # of wqkv, and of w13
     theirs = {}
-    for ours, names in tensor_names(config).items():
-        parts = [state[ours]]
-        if len(names) > 1:
-            parts = state[ours].split(rows[len(names)])
-        for name, part in zip(names, parts, strict=True):
+    for ours, shapes in tensor_shapes(config).items():
+        parts = state[ours].split([shape[0] for shape in shapes.values()])
+        for name, part in zip(shapes, parts, strict=True):
             theirs[name] = part.clone()
     return theirs
 

@@ -588,14 +588,17 @@ class Results:
         return lines
 
     def by(self, *columns: str) -> dict[Any, Row]:
-        """{values in these columns: row}. Raises InputError if a row lacks one of them."""
+        """{values in these columns: row}. Raises InputError if a row lacks one of them, or two have the same."""
         try:
-            return {itemgetter(*columns)(row): row for row in self.rows}
+            found = {itemgetter(*columns)(row): row for row in self.rows}
         except KeyError as error:
             raise InputError(
                 f"--out {self.out}: {self.path} has no column {error}, so another version wrote it; "
                 "name another file, or delete this one"
             ) from None
+        if len(found) < len(self.rows):
+            raise InputError(f"--out {self.out}: {self.path} has two rows of the same {' and '.join(columns)}")
+        return found
 
     def add(self, row: Row) -> None:
         """Keep one more row, in the file too."""

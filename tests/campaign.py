@@ -24,7 +24,7 @@ import export_hf_checkpoint
 import quantize
 import train
 from checkpoint import save_checkpoint
-from convert_hf_checkpoint import read_config, tensor_names
+from convert_hf_checkpoint import read_config, tensor_shapes
 from processes import command, end, fork, limited
 
 SIGNALS = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, 1), signal.SIGINT: (130, 1)}  # and the codes that they end in
@@ -48,7 +48,7 @@ class Conversion:
         conftest.write_tokenizer(folder)
         config = read_config(folder)
         theirs = model.state_dict()
-        stacked = {ours: torch.cat([theirs[name] for name in names]) for ours, names in tensor_names(config).items()}
+        stacked = {ours: torch.cat([theirs[name] for name in names]) for ours, names in tensor_shapes(config).items()}
         save_checkpoint(folder / "model.pth", {name: t + 1 for name, t in stacked.items()}, config)
 
     def run(self, folder):

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,7 +167,6 @@ def call(main, *args, input=""):
 
     code, before = None, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(warnings, "formatwarning", warnings.formatwarning)  # which a command sets
         patch.setattr(sys, "argv", [main.__module__, *map(str, args)])
         for name, text in dict(stdin=input, stdout="", stderr="").items():
             data = io.BytesIO(text if isinstance(text, bytes) else text.encode())

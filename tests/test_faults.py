@@ -13,12 +13,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import benchmark
@@ -31,14 +35,15 @@ import generate
 import quantize
 import sweep
 import tasks
+import tokenizer
 import train
 import tune
-from checkpoint import load_config
-from command import InputError, Parser
+from checkpoint import load_config, save_checkpoint
+from command import InputError, Parser, blaming
 from conftest import ROOT, call, edit_json
 from files import parse_json
 from model import ModelConfig
-from tokenizer import Tokenizer
+from tokenizer import BackendTokenizer, Tokenizer
 from values import Number, filled, filled_path
 
 COMMANDS = {
@@ -161,6 +166,9 @@ PLAIN = [
     (generate.main, ["--prompt_file", "."], "--prompt_file .: is a folder"),
     (generate.main, ["--prompt_file", "/dev/zero"], "--prompt_file /dev/zero: not a regular file"),
     (generate.main, ["--top_p", "0"], "--top_p 0.0: must be above 0"),
+    (generate.main, ["--x\ny"], "unrecognized arguments: --x y"),
+    (generate.main, ["--prompt_file", "/dev/full"], "--prompt_file /dev/full: not a regular file"),
+    (convert_hf_checkpoint.main, ["--checkpoint_dir", "two\nlines"], "two lines: no such folder"),
     (quantize.main, [], "required: --checkpoint_path"),
     (quantize.main, ["--mode", "int5"], "--mode invalid choice"),
     (train.main, ["--data", "", "--out", "x"], "--data is empty"),
@@ -179,6 +187,26 @@ PLAIN = [
 def test_bad_options_end_in_one_line(main, args, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check_fault(tmp_path, words, main, *args)
+
+
+DEVICES = ["", "mkldnn", "opengl", "vulkan", "meta", "lazy", "hpu", "cp\nu", "0", "cpu,cuda", "cuda:x", "cuda:99", ":"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_devices_that_are_none(device, folder):
+    args = ["--checkpoint_path", folder / "model.pth", f"--device={device}"]
+    check_fault(folder, f"--device {' '.join(device.split())}: ", generate.main, *args)
+    if not device.startswith("cuda"):
+        check_fault(folder, "must be cpu, cuda, mps, xpu, or one of several, such as cuda:1", generate.main, *args)
+
+
+def test_the_null_device_is_an_empty_prompt(folder):
+    for name in (os.devnull, folder / "null"):
+        (folder / "null").unlink(missing_ok=True)
+        (folder / "null").symlink_to(os.devnull)
+        args = ["--checkpoint_path", folder / "model.pth", *GENERATE, "--prompt_file", name]
+        result = call(generate.main, *args)
+        assert result.returncode == 0, result.stderr
 
 
 @FEW
@@ -225,6 +253,8 @@ CONTENTS = {
     "not UTF-8": b'{"prompt": "\xff"}',
     "UTF-16": '{"prompt": "x"}'.encode("utf-16"),
     "NUL characters": b"\0" * 100,
+    "half a surrogate pair": b'{"prompt": "x\\uD83d"}',
+    "half a surrogate pair as a name": b'{"\\udc00": 1, "prompt": "x"}',
     "a text": b'"prompt"',
     "null": b"null",
     "a number": b"3",
@@ -357,6 +387,12 @@ TOKENIZER_FIELDS = [
     ("tokenizer_config.json", {"additional_special_tokens": [3]}),
     ("tokenizer_config.json", {"extra_special_tokens": 3}),
     ("tokenizer_config.json", {"chat_template": 3}),
+    ("tokenizer_config.json", {"chat_template": [{"name": ["x"], "template": "y"}]}),
+    ("tokenizer_config.json", {"chat_template": [{"name": "default", "template": 3}]}),
+    ("tokenizer_config.json", {"chat_template": [3]}),
+    ("tokenizer_config.json", {"tokenizer_class": "a\nb"}),
+    ("tokenizer_config.json", {"added_tokens_decoder": 3}),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"3": {"content": "a", "lstrip": "no"}}}),
     ("tokenizer_config.json", {"added_tokens_decoder": [3]}),
     ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}),
     ("tokenizer_config.json", {"added_tokens_decoder": {"3": {"content": None}}}),
@@ -374,13 +410,31 @@ TOKENIZER_FIELDS = [
     ("model.safetensors.index.json", {"weight_map": []}),
     ("model.safetensors.index.json", {"weight_map": {"a": 3}}),
     ("config.json", {"model_type": "llama", "vocab_size": 10**5}),
+    ("tokenizer.json", {"added_tokens": "abc"}),
+    ("tokenizer.json", {"added_tokens": [3]}),
+    ("tokenizer.json", {"added_tokens": [{"content": "a"}]}),
+    ("tokenizer.json", {"added_tokens": [{"id": 3, "content": "a", "special": 1}]}),
+    ("tokenizer.json", {"added_tokens": [{"id": [3], "content": "a"}]}),
 ]
 
 
 @pytest.mark.parametrize("name,values", TOKENIZER_FIELDS, ids=lambda value: str(value)[:60])
 def test_fields_of_the_other_files(name, values, folder):
     (folder / name).write_text(json.dumps(values))
-    check_fault(folder, name.split(".")[0], convert_hf_checkpoint.main, "--checkpoint_dir", folder)
+    check_fault(folder, f"{folder / name}: ", convert_hf_checkpoint.main, "--checkpoint_dir", folder)
+
+
+def test_a_tokenizer_class_is_blamed_on_the_file_that_names_it(folder):
+    edit_json(folder / "config.json", tokenizer_class="Foo")
+    words = "config.json: tokenizer_class Foo is not supported"
+    check_fault(folder, f"{folder}/{words}", convert_hf_checkpoint.main, "--checkpoint_dir", folder)
+
+
+def test_tokens_by_id_that_are_null_are_those_of_older_files(folder):
+    (folder / "tokenizer_config.json").write_text('{"added_tokens_decoder": null, "chat_template": "\\ud83d\\ude00"}')
+    (folder / "added_tokens.json").write_text('{"<pad>": 300}')
+    loaded = Tokenizer.load(folder)
+    assert loaded.added["<pad>"] == 300 and loaded.template == "😀"
 
 
 def test_what_is_common_in_the_wild_is_taken(folder):
@@ -392,7 +446,7 @@ def test_what_is_common_in_the_wild_is_taken(folder):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("columns", [benchmark.COLUMNS, correctness.GREEDY, correctness.SAMPLED, sweep.COLUMNS])
+@pytest.mark.parametrize("columns", [correctness.GREEDY, correctness.SAMPLED, sweep.COLUMNS])
 def test_rows_of_results(columns, tmp_path):
     path = tmp_path / "r.jsonl"
     good = {name: next(value for value in [1, "x", []] if kind.allows(value)) for name, kind in columns.items()}
@@ -407,6 +461,34 @@ def test_rows_of_results(columns, tmp_path):
         path.write_bytes(b"{}\n" + content + b"\n")
         with pytest.raises(InputError, match="r.jsonl"):
             tasks.Results(tmp_path / "r", {}, columns)
+
+
+def test_rows_of_a_benchmark(folder, monkeypatch):
+    (folder / "task.jsonl").write_text('{"prompt": "def f1(x)"}\n{"prompt": "def f2(x)"}\n')
+    how = "--early_exit 1 --speculate_k 2 --num_prompts 2 --max_new_tokens 3 --repeats 1 --no-compile --device cpu"
+    args = ["--checkpoint_path", folder / "model.pth", "--task", folder / "task.jsonl", *how.split()]
+    args += ["--out", folder / "r"]
+    columns, kinds = benchmark.columns, {}
+    monkeypatch.setattr(benchmark, "columns", lambda *known: kinds.update(columns(*known)) or kinds)
+    assert call(benchmark.main, *args).returncode == 0
+    header, first, second = (folder / "r.jsonl").read_text().splitlines()
+    row = json.loads(second)
+    assert row.keys() == kinds.keys() and all(kind.allows(row[name]) for name, kind in kinds.items())
+    plain, drafted = row["decoded"]
+    spoiled = [{**drafted, name: value} for name in drafted for value in (None, "x", [-1], [[]], {})]
+    spoiled.append({**drafted, "decode_seconds": 0})
+    spoiled.append({**drafted, "rounds": {name: [1] for name in drafted["rounds"]}})
+    wrong = {
+        "repeat": [*WRONG, None, 1],
+        "prompt": [*WRONG, None, 2, 99],
+        "decoded": [*WRONG, None, [], {}, [plain], [plain, 3], [plain] * 3, *([plain, run] for run in spoiled)],
+    }
+    for name, values in wrong.items():
+        assert [value for value in values if kinds[name].allows(value)] == ([] if name == "decoded" else [0])
+    for words, last in ("line 3: decoded is ", json.dumps({**row, "decoded": []})), ("two rows of the same", first):
+        (folder / "r.jsonl").write_text("\n".join([header, first, last, ""]))
+        result = call(benchmark.main, *args)
+        assert result.returncode == 1 and result.stderr.count("\n") == 1 and words in result.stderr, result.stderr
 
 
 ROWS = [b'{"prompt": 3}', b'{"text": "x"}', b'{"prompt": "x", "reference": 3}', b'{"prompt": "x"}\n{"prompt": null}']
@@ -460,6 +542,77 @@ def shared(hf_folder, tmp_path_factory):
 # Weights.
 
 
+def shifted(tensors, above, below):
+    """The same, with the last row of one tensor as the first of the one stacked below it."""
+    prefix = "model.layers.1."
+    above, below = prefix + above, prefix + below
+    whole = torch.cat([tensors[above], tensors[below]])
+    cut = len(tensors[above]) - 1
+    return {**tensors, above: whole[:cut].clone(), below: whole[cut:].clone()}
+
+
+def other_shape(tensors, name, *shape):
+    return {**tensors, name: torch.ones(shape)}
+
+
+Q, GATE = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.gate_proj.weight"
+HEAD, NORM, EMBEDDING = "lm_head.weight", "model.norm.weight", "model.embed_tokens.weight"
+SHAPES = {  # what is wrong: (how the tensors are made so, words)
+    "rows of q in k": (
+        lambda t: shifted(t, "self_attn.q_proj.weight", "self_attn.k_proj.weight"),
+        f"{Q} has the shape (63, 64); config.json wants (64, 64)",
+    ),
+    "rows of k in v": (lambda t: shifted(t, "self_attn.k_proj.weight", "self_attn.v_proj.weight"), "k_proj.weight has"),
+    "rows of gate in up": (lambda t: shifted(t, "mlp.gate_proj.weight", "mlp.up_proj.weight"), f"{GATE} has the shape"),
+    "a scalar": (lambda t: other_shape(t, Q), f"{Q} has the shape ()"),
+    "no rows": (lambda t: other_shape(t, Q, 0, 64), f"{Q} has the shape (0, 64)"),
+    "no columns": (lambda t: other_shape(t, Q, 64, 0), f"{Q} has the shape (64, 0)"),
+    "three dimensions": (lambda t: other_shape(t, Q, 64, 8, 8), f"{Q} has the shape (64, 8, 8)"),
+    "turned": (lambda t: {**t, GATE: t[GATE].T.contiguous()}, f"{GATE} has the shape"),
+    "a norm as a matrix": (lambda t: other_shape(t, NORM, 64, 1), f"{NORM} has the shape (64, 1)"),
+    "a head too short": (lambda t: {**t, HEAD: t[HEAD][1:].clone()}, f"{HEAD} has the shape"),
+    "an embedding too wide": (lambda t: other_shape(t, EMBEDDING, 300, 65), f"{EMBEDDING} has the shape (300, 65)"),
+    "lines in a name": (lambda t: {**t, "a\nb": t[NORM].clone()}, "tensor a b is not part of"),
+}
+
+
+@pytest.mark.parametrize("what", SHAPES)
+def test_tensors_of_another_shape(what, folder):
+    change, words = SHAPES[what]
+    save_file(change(tensors_of(folder)), folder / "model.safetensors")
+    check_fault(folder, words, convert_hf_checkpoint.main, "--checkpoint_dir", folder)
+
+
+def test_lines_in_the_name_of_a_shard(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b\\nc"}}')
+    check_fault(folder, f"{folder}/b c: not found", convert_hf_checkpoint.main, "--checkpoint_dir", folder)
+
+
+def test_a_tensor_in_two_files(folder):
+    tensors = tensors_of(folder)
+    save_file(tensors, folder / "model-1.safetensors")
+    save_file({NORM: tensors[NORM] + 1}, folder / "model-2.safetensors")
+    names = {name: "model-1.safetensors" for name in tensors} | {"x": "model-2.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    words = f"model-2.safetensors: tensor {NORM} is in another file too"
+    check_fault(folder, words, convert_hf_checkpoint.main, "--checkpoint_dir", folder)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["embed.weight", "head.weight", "norm.weight", "layers.1.attention.wqkv.weight"])
+def test_weights_that_are_not_finite_are_not_passed_on(name, value, folder):
+    state, config = torch.load(folder / "model.pth", weights_only=True), load_config(folder / "model.json")
+    state[name].flatten()[5] = value
+    save_checkpoint(folder / "model.pth", state, config)
+    text = folder / "text.txt"
+    text.write_text("def f1(x): return x\n" * 500)
+    words = f"model.pth: tensor {name} holds values that are not finite"
+    model = ["--checkpoint_path", folder / "model.pth"]
+    for mode in (["--mode", "int8"], ["--mode", "int4", "--groupsize", "32"], [*GPTQ, "--calibration", text]):
+        check_fault(folder, words, quantize.main, *model, *mode)
+    check_fault(folder, words, export_hf_checkpoint.main, *model, "--out", folder / "out")
+
+
 class Stranger:
     pass
 
@@ -480,6 +633,9 @@ def bins(tensors):
         "a function": {**tensors, "code": os.system},
         "sparse": {**rest, name: torch.ones(64).to_sparse()},
         "quantized": {**rest, name: torch.quantize_per_tensor(torch.ones(64), 0.1, 0, torch.qint8)},
+        "nested": {**rest, name: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
+        "nested, jagged": {**rest, name: torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)},
+        "float8": {**rest, name: torch.ones(64).to(torch.float8_e4m3fn)},
         "meta": {**rest, name: torch.ones(64, device="meta")},
         "complex": {**rest, name: torch.ones(64, dtype=torch.complex64)},
         "boolean": {**rest, name: torch.ones(64, dtype=torch.bool)},
@@ -488,22 +644,26 @@ def bins(tensors):
     }
 
 
-BINS = list(bins({}))
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # nested tensors are a prototype
+    BINS = list(bins({}))
 
 
 def tensors_of(folder):
-    from safetensors.torch import load_file
-
     return load_file(folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("what", BINS)
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_bin_files_with_something_else_are_refused(what, zipped, folder):
-    content = bins(tensors_of(folder))[what]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        content = bins(tensors_of(folder))[what]
     (folder / "model.safetensors").unlink()
     torch.save(content, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    check_fault(folder, "", convert_hf_checkpoint.main, "--checkpoint_dir", folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it would be a line too
+        check_fault(folder, "", convert_hf_checkpoint.main, "--checkpoint_dir", folder)
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -533,13 +693,62 @@ def test_any_header_of_safetensors_is_read_or_refused(shared, header, length, ow
         convert_hf_checkpoint.read_weights([path])
 
 
+# Texts that are too long, and chat templates that never end.
+
+
+def test_texts_that_can_not_fit_are_not_encoded(folder, monkeypatch):
+    context = json.loads((folder / "model.json").read_text())["context"]
+    text = "x" * (context * 256 + 1)
+    (folder / "text.txt").write_text(text)
+    (folder / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+    monkeypatch.setattr(BackendTokenizer, "_encode", lambda self, text, special: [3] * min(len(text), 10))
+    words = f"the text has {len(text)} characters, which can't fit into the context of {context} tokens"
+    model = ["--checkpoint_path", folder / "model.pth", *GENERATE]
+    for how in (["--prompt_file", folder / "text.txt"], ["--prompt", text], ["--prompt", text, "--chat"]):
+        check_fault(folder, words, generate.main, *model, *how)
+    for how in ([], ["--chat"]):
+        result = call(generate.main, *model, "--interactive", *how, input=f"{text}\nx\n")
+        assert result.returncode == 0 and result.stdout.count(words) == 1, result.stderr
+    assert call(generate.main, *model, "--prompt", text[1:]).returncode == 0
+
+
+ENDLESS = [
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{{ raise }}{% endfor %}{% endfor %}",
+    "{% set x = 7 ** (9 ** 9) %}",
+]
+
+
+@pytest.mark.parametrize("template", ENDLESS)
+def test_chat_templates_that_never_end(template, folder, monkeypatch):
+    monkeypatch.setattr(tokenizer, "RENDER_SECONDS", 0.2)
+    handler = signal.getsignal(signal.SIGALRM)
+    (folder / "chat_template.jinja").write_text(template)
+    args = ["--checkpoint_path", folder / "model.pth", *GENERATE, "--chat", "--prompt", "x"]
+    check_fault(folder, "can't render this conversation (it takes more than 0.2 seconds)", generate.main, *args)
+    assert signal.getsignal(signal.SIGALRM) == handler and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_a_chat_template_that_makes_a_huge_text(folder):
+    (folder / "chat_template.jinja").write_text("{{ '%9999999d' % 1 }}")
+    args = ["--checkpoint_path", folder / "model.pth", *GENERATE, "--chat", "--prompt", "x"]
+    check_fault(folder, "the text has 9999999 characters", generate.main, *args)
+
+
+def test_chat_templates_outside_the_main_thread(folder):
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with ThreadPoolExecutor(1) as pool:
+        text = pool.submit(Tokenizer.load(folder).render, [dict(role="user", content="x")]).result()
+    assert text == "x"
+
+
 # Tokenizers that fail when they are used.
 
 
 def panicking(folder, **change):
     """A tokenizer.json of which every part can be read."""
-    tokenizer = json.loads(Tokenizer.load(folder).backend.to_str())
-    (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, **change}))
+    values = json.loads(Tokenizer.load(folder).backend.to_str())
+    (folder / "tokenizer.json").write_text(json.dumps({**values, **change}))
 
 
 PANICS = {
@@ -592,11 +801,11 @@ def test_damaged_tiktoken_files(what, folder):
 
 
 def test_ids_beyond_a_tokenizers_table(folder):
-    tokenizer = Tokenizer.load(folder)
-    assert tokenizer.decode([10**6]) == ""
+    loaded = Tokenizer.load(folder)
+    assert loaded.decode([10**6]) == ""
     for ids in ([-1], [2**40]):
         with pytest.raises(InputError, match="can't turn tokens into text"):
-            tokenizer.decode(ids)
+            loaded.decode(ids)
 
 
 def test_calibration_with_the_tokenizer_of_a_larger_model(folder):
@@ -687,6 +896,7 @@ STREAMS = [  # what, command, options, its streams (None: closed), exit code, wh
     ("full, and wrong", generate, ["--top_p", "7"], [NULL, "/dev/full", ERR], 1, "error: --top_p 7"),
     ("reader gone", generate, [*GENERATE], [NULL, "gone", ERR], 141, ""),
     ("reader of help gone", quantize, ["--help"], [NULL, "gone", ERR], 141, ""),
+    ("PyTorch's warnings", quantize, ["--checkpoint_path", "{}/model.pth"], [NULL, OUT, ERR], 1, "error: "),
     ("nowhere to say what is wrong", generate, ["--top_p", "7"], [NULL, OUT, None], 1, ""),
     ("errors full", generate, ["--top_p", "7"], [NULL, OUT, "/dev/full"], 120, ""),  # Python's own code
     ("reader of errors gone", generate, ["--top_p", "7"], [NULL, OUT, "gone"], 120, ""),
@@ -694,9 +904,14 @@ STREAMS = [  # what, command, options, its streams (None: closed), exit code, wh
 
 
 def test_standard_streams_that_are_closed_full_or_broken(checkpoint, tmp_path):
-    model = ["--checkpoint_path", str(checkpoint("llama2"))]
+    path = checkpoint("llama2")
+    model = ["--checkpoint_path", str(path)]
+    shutil.copy(path.with_suffix(".json"), tmp_path)
+    odd = torch.quantize_per_tensor(torch.ones(64), 0.1, 0, torch.qint8)
+    torch.save({**torch.load(path, weights_only=True), "norm.weight": odd}, tmp_path / "model.pth")
     cases = []
     for _, module, args, streams, *_ in STREAMS:
+        args = [arg.format(tmp_path) for arg in args]
         cases.append((module.__name__, args if module is quantize else [*model, *args], streams))
     program = f"ROOT = {str(ROOT)!r}\n{WARM}"
     command = [sys.executable, "-c", program, json.dumps(cases), str(tmp_path)]
@@ -709,25 +924,102 @@ def test_standard_streams_that_are_closed_full_or_broken(checkpoint, tmp_path):
         assert codes[number] == code and said.startswith(words) and said.count("\n") == bool(words), (what, said)
 
 
-# Signals before a command has begun: while it imports PyTorch, here one that never ends.
+# Before a command has begun: while it imports PyTorch, which here is one that does something else.
+
+
+def scripts():
+    paths = [ROOT / f"{name}.py" for name in ("generate", "quantize")]
+    paths += [ROOT / "scripts" / f"{name.replace('scripts.', '')}.py" for name in COMMANDS]
+    return [path for path in paths if path.exists()]
+
+
+def fake_torch(folder, program):
+    """The folder, in which importing torch is to run a program."""
+    (folder / "torch").mkdir()
+    (folder / "torch" / "__init__.py").write_text(program)
+    return folder
+
+
+def start(script, folder, **how):
+    """A script's process, which imports from this folder first."""
+    return subprocess.Popen(
+        [sys.executable, script],
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **how,
+    )
+
+
+LACKS = [
+    (
+        "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')",
+        "the package torch is missing: pip install",
+    ),
+    ("raise MemoryError", "out of memory: "),
+    ("raise OSError(12, 'Cannot allocate memory')", "out of memory: "),
+    ("raise ImportError('libtorch_cpu.so: failed to map segment from shared object')", "out of memory: "),
+    ('raise RuntimeError("can\'t start new thread")', "no more threads can be started here: raise the limit"),
+]
+
+
+@pytest.mark.parametrize("torch,words", LACKS, ids=lambda value: value.split("(")[0] if "raise " in value else "")
+def test_what_an_import_lacks_is_one_line(torch, words, tmp_path):
+    folder = fake_torch(tmp_path, torch)
+    running = [start(script, folder) for script in scripts()]
+    for process in running:
+        errors = process.communicate(timeout=60)[1].decode()
+        assert process.returncode == 1 and errors.startswith(f"error: {words}") and errors.count("\n") == 1, errors
+
+
+@pytest.mark.parametrize("error,words", LACKS)
+def test_what_a_command_lacks_is_one_line(error, words, tmp_path):
+    check_fault(tmp_path, words, partial(exec, error))
+
+
+def test_other_errors_keep_their_traceback(tmp_path):
+    folder = fake_torch(tmp_path, "raise ImportError('x: Operation not permitted')")
+    errors = start(ROOT / "quantize.py", folder).communicate()[1]
+    assert errors.startswith(b"Traceback") and b"ImportError: x: Operation not permitted" in errors
+    with pytest.raises(RuntimeError, match="^wrong$"):
+        call(partial(exec, "raise RuntimeError('wrong')"))
+
+
+def test_memory_that_a_library_lacks_is_not_the_inputs_fault():
+    for error in (OSError(12, "Cannot allocate memory"), MemoryError()):
+        with pytest.raises(type(error)), blaming("a file"):
+            raise error
+
+
+def test_the_current_folder_is_gone(tmp_path):
+    folder, gone = fake_torch(tmp_path, ""), tmp_path / "gone"
+    for script in scripts():
+        gone.mkdir()
+        process = start(script, folder, cwd=gone, preexec_fn=gone.rmdir)
+        errors = process.communicate(timeout=60)[1].decode()
+        assert process.returncode == 1 and errors.startswith("error: the current folder: No such file"), errors
+        assert errors.count("\n") == 1
+
+
+def test_without_pythons_unsafe_path():
+    """-I is -P, which Python 3.10 hasn't, and more. No fake PyTorch: that would take PYTHONPATH."""
+    isolated = [path for path in scripts() if path.stem in ("quantize", "export_hf_checkpoint")]
+    for script in [*isolated, ROOT / "generate.py"]:
+        result = subprocess.run([sys.executable, "-I", script, "--help"], capture_output=True, text=True)
+        assert result.returncode == 0 and result.stdout.startswith("usage: "), result.stderr
+
+
+def test_what_comes_first_imports_nothing_slow():
+    program = "import sys; before = set(sys.modules); import early; print(*set(sys.modules) - before)"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert set(result.stdout.split()) <= {"early", "errno", "types"}, result.stdout
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_during_the_imports_are_silent(number, code, tmp_path):
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text("print('here', flush=True)\nimport time\ntime.sleep(60)\n")
-    scripts = [ROOT / f"{name}.py" for name in ("generate", "quantize")]
-    scripts += [ROOT / "scripts" / f"{name.replace('scripts.', '')}.py" for name in COMMANDS]
-    running = []
-    for script in [path for path in scripts if path.exists()]:
-        process = subprocess.Popen(
-            [sys.executable, script],
-            env={**os.environ, "PYTHONPATH": str(tmp_path)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
-        running.append((script, process))
+    folder = fake_torch(tmp_path, "print('here', flush=True)\nimport time\ntime.sleep(60)\n")
+    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    running = [(script, start(script, folder, preexec_fn=heard)) for script in scripts()]
     for script, process in running:
         assert process.stdout.readline() == b"here\n", (script, process.stderr.read())
         process.send_signal(number)

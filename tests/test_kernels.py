@@ -410,11 +410,9 @@ def test_compiler_takes_fused_layers(triton, monkeypatch):
 def test_says_so_without_a_compiler(tmp_path):
     """No compiler: a warning, once, and the same numbers from plain PyTorch."""
     code = (
-        "import torch, kernels, warnings\nfrom kernels import cpu, formats\n"
-        "with torch.inference_mode(), warnings.catch_warnings(record=True) as seen:\n"
-        "    warnings.simplefilter('always')\n"
+        "import torch, kernels\nfrom kernels import cpu, formats\n"
+        "with torch.inference_mode():\n"
         "    assert not cpu.prepare() and not cpu.prepare()\n"
-        "    assert len(seen) == 1 and 'slower' in str(seen[0].message), seen\n"
         "    x, w = torch.ones(1, 2, 8), torch.ones(3, 8)\n"
         "    assert kernels.linear(x, w).eq(8).all() and kernels.linear(x, w).shape == (1, 2, 3)\n"
         "    assert kernels.linear(x, *formats.int8_rows(w)).allclose(torch.tensor(8.))\n"
@@ -429,4 +427,4 @@ def test_says_so_without_a_compiler(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0 and result.stderr.count("\n") == 1 and "slower" in result.stderr, result.stderr
