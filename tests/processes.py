@@ -6,6 +6,8 @@ import resource
 import signal
 import sys
 
+import torch
+
 from command import run_command
 
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
@@ -26,6 +28,7 @@ def fork(work):
         os.dup2(writing, 2)
         sys.stderr = os.fdopen(2, "w", closefd=False)
         sys.stdout = io.StringIO()
+        torch.set_num_threads(1)  # OpenMP's threads stayed in the parent, and a copy would wait for them for ever
         run_command(lambda: ready(work))
         code = 0
     except SystemExit as error:
