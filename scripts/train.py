@@ -46,8 +46,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from checkpoint import check_records, count_parameters, load_model, read_state, save_checkpoint, save_tensors
-from command import InputError, Parser, blaming, check_memory, is_out_of_memory
+from command import InputError, Parser, blaming, check_memory
 from data import Sources, is_held_out, load, pack, window
+from early import is_out_of_memory
 from files import check_fields, locked, replacing
 from model import ModelConfig, Transformer
 from ranks import Shard, run_command, start
