@@ -5,6 +5,7 @@ import hashlib
 import json
 import mmap
 import os
+import signal
 import struct
 import sys
 import zipfile
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tp
-from command import InputError, check_memory, first_line
+from command import InputError, caught_signals, check_memory, first_line
 from files import check_regular, locked, read_object, replacing
 from kernels import cpu
 from model import Linear, ModelConfig, Transformer, rope_frequencies
@@ -102,6 +103,14 @@ def check_tensor(found: Tensor, wanted: Tensor, what: str) -> None:
         raise InputError(f"{what} is {types[0]}, the model's description wants {types[1]}")
 
 
+def check_name(path: Path) -> None:
+    """Raise InputError if PyTorch can't open a file of this name."""
+    try:
+        os.fspath(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path}: PyTorch reads no path that isn't UTF-8; rename the file or folder") from None
+
+
 def allocate_file(path: Path, like: dict[str, Tensor]) -> None:
     """Write a checkpoint file of `like`'s names, shapes and dtypes. Its values are to be set later."""
     with torch.serialization.skip_data():
@@ -114,10 +123,12 @@ def allocate_file(path: Path, like: dict[str, Tensor]) -> None:
 def save_tensors(value: object, path: Path) -> None:
     """torch.save, with the same bytes whatever the file's name. Raises OSError if the disk is full."""
     try:
-        with open(path, "wb") as file:
+        with open(path, "wb") as file, caught_signals() as caught:  # in its midst they would be taken for such an error
             torch.save(value, file)
     except RuntimeError as error:  # how torch.save reports it
         raise OSError(f"{first_line(error, 'unknown reason')}; is the disk full?") from None
+    for number in caught:
+        signal.raise_signal(number)
 
 
 @contextmanager
@@ -128,6 +139,7 @@ def saved(path: str | Path, like: dict[str, Tensor], config: ModelConfig) -> Ite
     the file's own, mapped into memory. Raises InputError if the files can't be written, or another run writes them.
     """
     path = Path(path)
+    check_name(path)
     check_state(like, config, path)
     description = described_by(path)
     with locked(path), replacing(description) as text, replacing(path) as weights:
@@ -234,13 +246,14 @@ def read_state(path: str | Path, device: str | torch.device = "cpu") -> dict[str
     Raises InputError if it is missing or not readable.
     """
     path = Path(path)
+    check_name(path)
     check_regular(path)
     if not path.is_file():
         raise InputError(f"{path}: not found; scripts/prepare.sh downloads and converts a checkpoint")
     try:
         check_archive(path)
         return torch.load(path, mmap=True, weights_only=True, map_location=device)
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # a damaged file surfaces as many kinds of error
         raise InputError(f"{path}: not a readable checkpoint ({first_line(error, 'empty file')})") from None

@@ -20,12 +20,10 @@ import argparse
 import io
 import math
 import shutil
-import signal
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import torch
@@ -46,7 +44,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from checkpoint import check_records, count_parameters, load_model, read_state, save_checkpoint, save_tensors
-from command import InputError, Parser, blaming, check_memory
+from command import InputError, Parser, blaming, caught_signals, check_memory
 from data import Sources, is_held_out, load, pack, window
 from early import is_out_of_memory
 from files import check_fields, locked, replacing
@@ -679,24 +677,6 @@ def save_model(path: Path, state: dict[str, Tensor], config: ModelConfig, precis
 
 
 # The run.
-
-
-@contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in the list that it gives, so that the step is finished and its state saved first."""
-    caught: list[int] = []
-
-    def catch(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-
-    previous = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, catch)
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def in_any_process(flag: bool, device: torch.device, world_size: int) -> bool:

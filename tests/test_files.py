@@ -1,5 +1,6 @@
 """What is written is whole or not there, whoever writes, is killed, or runs out of disk; what is damaged is noticed."""
 
+import io
 import json
 import os
 import random
@@ -464,3 +465,39 @@ def test_foreign_training_states_are_one_line(field, value, unfinished):
     result = call(train.main, *options, "--resume")
     assert result.returncode == 1 and result.stderr.startswith("error: --resume: "), result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("moment", range(1, 8))
+def test_a_signal_while_a_file_is_made_is_no_full_disk(number, code, moment, checkpoint, tmp_path):
+    """At each write: torch.save takes what a signal's handler raises for an error of the file."""
+
+    def work():
+        writes = []
+
+        class Interrupted(io.FileIO):
+            def write(self, data):
+                writes.append(data)
+                if len(writes) == moment:
+                    os.kill(os.getpid(), number)
+                return super().write(data)
+
+        original = torch.save
+        torch.save = lambda value, file: original(value, Interrupted(file.name, "w"))
+        quantize.quantize_checkpoint(path, tmp_path / "q.pth", "int8", 128)
+
+    path = checkpoint("llama2")
+    assert end(*fork(work)) == (code, "") and not names(tmp_path)
+
+
+def test_a_path_that_is_not_utf8_is_one_line(hf_folder, tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/n\xff"))
+    shutil.copytree(hf_folder("llama2")[0], folder, ignore=shutil.ignore_patterns("model.pth", "model.json"))
+    before = names(folder)
+    for main, *options in (
+        (convert_hf_checkpoint.main, "--checkpoint_dir", folder),
+        (generate.main, "--checkpoint_path", folder / "model.pth"),
+    ):
+        result = call(main, *options)
+        assert result.returncode == 1 and "UTF-8" in result.stderr and result.stderr.count("\n") == 1
+        assert names(folder) == before

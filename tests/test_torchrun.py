@@ -154,7 +154,7 @@ def test_each_process_needs_a_gpu_of_its_own(monkeypatch):
 
 def test_a_message_names_who_is_silent(monkeypatch):
     """In a world of 4 of which 0 and 2 look for the others, without gloo's own address in its message."""
-    monkeypatch.setattr(tp, "ROLL_CALL", 0)
+    monkeypatch.setattr(ranks, "ROLL_CALL", 0)
     store = torch.distributed.HashStore()
     store.set("lost/2", "")
     monkeypatch.setattr(torch.distributed.HashStore, "clone", lambda self: self, raising=False)
