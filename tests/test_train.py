@@ -369,15 +369,20 @@ def test_saving_memory_changes_no_loss(args, data, tmp_path, monkeypatch):
     assert run(data, tmp_path / "less", *how, *args) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_logits_are_there_piece_by_piece():
-    """Of many exits, the losses' gradients against PyTorch's own from all logits, in float64."""
+def double_model(vocab_size):
+    """Three random layers in float64."""
     torch.manual_seed(0)
     config = train.ModelConfig(
-        vocab_size=1000, dim=16, n_layer=3, n_head=2, n_kv_head=2, head_dim=8, intermediate_size=24, context=64
+        vocab_size=vocab_size, dim=16, n_layer=3, n_head=2, n_kv_head=2, head_dim=8, intermediate_size=24, context=64
     )
     model = train.Transformer(config)
     train.initialize(model)
-    model.double()
+    return model.double()
+
+
+def test_logits_are_there_piece_by_piece():
+    """Of many exits, the losses' gradients against PyTorch's own from all logits, in float64."""
+    model = double_model(1000)
     tokens, targets = torch.randint(0, 1000, (2, 4, 20))
     keep, weights = torch.ones(3, 4, dtype=torch.bool), torch.tensor([0.2, 0.3, 0.5])
     sizes = []
@@ -434,13 +439,7 @@ def test_the_log_and_its_picture(data, tmp_path, monkeypatch):
 def test_distillation_by_hand(logits, monkeypatch):
     """Against the definition in float64: early exits move toward the last layer's distribution, which stays."""
     monkeypatch.setattr(train, "LOGITS", logits)
-    torch.manual_seed(0)
-    config = train.ModelConfig(
-        vocab_size=50, dim=16, n_layer=3, n_head=2, n_kv_head=2, head_dim=8, intermediate_size=24, context=64
-    )
-    model = train.Transformer(config)
-    train.initialize(model)
-    model.double()
+    model = double_model(50)
     tokens, targets = torch.randint(0, 50, (2, 4, 20))
     keep, weights = torch.ones(3, 4, dtype=torch.bool), torch.tensor([0.3, 0.0, 0.7])
     loss, losses = train.LayerSkipLoss(model, distill=0.25, temperature=2.0)(tokens, targets, keep, weights, keep[:, 0])
