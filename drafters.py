@@ -93,6 +93,10 @@ class Drafter:
         """Bytes of weights that drafting reads in a round, beside the target's own pass over all of its weights."""
         return 0
 
+    def prefill_bytes(self) -> int:
+        """Bytes of weights that `prefill` reads."""
+        return 0
+
     def extra_bytes(self) -> int:
         """Bytes of memory that the drafter's own copies of weights take."""
         return 0
@@ -159,6 +163,9 @@ class ModelDrafter(Drafter):
         layers, head = self.step_bytes()
         return self.k * (layers + head) + layers
 
+    def prefill_bytes(self) -> int:
+        return self.step_bytes()[0]
+
     def extra_bytes(self) -> int:
         return 0 if self.head is self.model.head else weight_bytes(self.head)
 
@@ -180,6 +187,9 @@ class SelfDrafter(ModelDrafter):
 
     def prefill(self, prompt: Tensor, pos: Tensor | None) -> None:
         """The target's own pass fills these rows."""
+
+    def prefill_bytes(self) -> int:
+        return 0
 
     def verify_from(self, tokens: Tensor, states: list[Tensor], pos: Tensor) -> tuple[Tensor, int]:
         last = self.target(tokens[:, -1:], pos + self.k, 0, self.exit_layer)
@@ -288,6 +298,16 @@ class NgramDrafter(Drafter):
             probs = [F.one_hot(self.found[0], self.vocab_size).float()]  # (k, V)
         return torch.cat((token, self.found), dim=1), [], probs
 
+    def verify_from(self, tokens: Tensor, states: list[Tensor], pos: Tensor) -> tuple[Tensor, int]:
+        self.prefill(tokens, pos + torch.arange(self.k + 1, device=pos.device))  # the other drafter hears of the round
+        return tokens, 0
+
+    def bytes_per_round(self) -> int:
+        return self.prefill_bytes()
+
+    def prefill_bytes(self) -> int:
+        return self.otherwise.prefill_bytes()
+
     def extra_bytes(self) -> int:
         return self.otherwise.extra_bytes()
 
@@ -307,10 +327,8 @@ def make_drafter(
     ngram_k: the length of n-gram drafts, 0 for none. Raises InputError for options that exclude each other, or for an
     exit layer or a length out of range.
     """
-    # A round by n-grams or by the target's layers would leave the draft model without rows for its positions.
-    if draft_model is not None and (exit_layer is not None or ngram_k):
-        other = "n-gram drafts" if exit_layer is None else "self-speculation"
-        raise InputError(f"{other} and a separate draft model exclude each other")
+    if draft_model is not None and exit_layer is not None:
+        raise InputError("self-speculation and a separate draft model exclude each other")
     drafter = Drafter(target)
     if draft_model is not None:
         drafter = ModelDrafter(target, draft_model, k, draft_head)

@@ -238,14 +238,16 @@ def scratch_folder(beside: Path, name: str) -> Iterator[Path]:
     """Give an empty folder in `beside`, which is deleted at the end; or, if this process is killed, by the next run
     that takes the same name. Raises OSError if it can't be made.
     """
-    clear(beside, name)
     partial = partial_path(beside, name)
-    held = create(partial, folder=True)
+    held = -1
     try:
+        clear(beside, name)
+        held = create(partial, folder=True)
         yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        os.close(held)
+        if held >= 0:
+            os.close(held)
 
 
 @contextmanager

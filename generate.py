@@ -1011,7 +1011,7 @@ def check_drafting(args: argparse.Namespace) -> None:
                 raise InputError(f"--{option} is for --self_speculative: give both")
         if args.speculate_k == "auto":
             raise InputError("--speculate_k auto is for --self_speculative: give both")
-        if args.draft and args.speculate_k:
+        if args.draft and args.speculate_k and not args.draft_checkpoint_path:
             raise InputError("--speculate_k is for drafts by a model; the length of n-gram drafts is --ngram_k")
     if args.ngram_k is not None and not args.draft:
         raise InputError("--ngram_k is for --draft ngram: give both")

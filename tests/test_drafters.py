@@ -83,6 +83,21 @@ def test_cache_rows_are_those_of_plain_decoding(name):
             assert torch.equal(a[:, :, :rows], b[:, :, :rows])
 
 
+@pytest.mark.parametrize("k, ngram_k", [(3, 5), (5, 3)])
+def test_n_grams_in_front_of_a_draft_model(k, ngram_k):
+    """Its cache has a row for every position, whoever drafted the round: those that it writes for the text alone."""
+    target, draft, alone = repeating_model(), repeating_model(n_layer=1), repeating_model(n_layer=1)
+    plain, _ = run(target, 80)
+    ours, stats = run(target, 80, draft_model=draft, k=k, ngram_k=ngram_k)
+    assert ours == plain and all(map(sum, stats.rounds.values())) and len(stats.rounds) == 2
+    rows = len(PROMPT) + len(plain) - 1
+    alone.setup_caches(rows)
+    alone(torch.tensor([[*PROMPT, *plain[:-1]]]), None)
+    for cache in ("k_cache", "v_cache"):
+        found, wanted = (getattr(model.layers[0].attention, cache)[:, :, :rows] for model in (draft, alone))
+        torch.testing.assert_close(found, wanted)
+
+
 def test_going_on_from_the_copys_hidden_states_is_noticed(monkeypatch):
     """What the two tests above look for: verification that trusts the copy's layers."""
     model = tiny_model()
@@ -268,7 +283,10 @@ def test_a_seed_reproduces():
         (dict(exit_layer=2, k=16, **INT4), "--speculate_k 16: must be 1 to 15"),
         (dict(ngram_k=16), "--ngram_k 16: must be 1 to 15"),
         (dict(ngram_k=4, ngram_max=0), "--ngram_max 0: must be 1 or more"),
-        (dict(ngram_k=4, draft_model=tiny_model(1)), "n-gram drafts and a separate draft model exclude each other"),
+        (
+            dict(exit_layer=1, draft_model=tiny_model(1)),
+            "self-speculation and a separate draft model exclude each other",
+        ),
     ],
 )
 def test_bad_settings_are_refused(how, message):
