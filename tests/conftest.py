@@ -184,27 +184,18 @@ def call(main, *args, input=""):
     return SimpleNamespace(returncode=code or 0, stdout=stdout, stderr=stderr)
 
 
-FORKING = """
-import multiprocessing.util
-import sys
-sys.path[:0] = {paths}
-import {module}
-from torch.distributed.run import main
-multiprocessing.util._close_stdin = lambda: None  # else no forked process has an input
-main(["--start-method=fork", "--run-path", *sys.argv[1:]])
-"""
+def torchrun(n, *command, threads=1, **how):
+    """`torchrun --nproc_per_node=n command`, as a Popen with pipes.
 
-
-def torchrun(n, *command, forking=None, threads=1, **how):
-    """`torchrun --nproc_per_node=n command`, as a Popen with pipes. forking: the name of a module that torchrun imports
-    once; its processes are forked, which saves each of them a start-up of seconds.
+    Its processes are not forked (--start-method=fork), though that would save each a start-up of seconds: torchrun has
+    threads, which a copy of it lacks, and one such rank ended with a corrupted heap.
     """
-    launcher = ["-m", "torch.distributed.run"]
-    if forking:
-        launcher = ["-c", FORKING.format(paths=[str(ROOT), str(ROOT / "scripts")], module=forking)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+    modules = f"{ROOT}:{ROOT / 'scripts'}"  # for scripts that a test writes
+    settings = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     return subprocess.Popen(
-        [sys.executable, *launcher, "--standalone", f"--nproc_per_node={n}", *map(str, command)],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"},
+        [*launcher, *map(str, command)],
+        env={**os.environ, **settings, "PYTHONPATH": modules},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

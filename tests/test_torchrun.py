@@ -158,7 +158,7 @@ def test_a_message_names_who_is_silent(monkeypatch):
     store = torch.distributed.HashStore()
     store.set("lost/2", "")
     monkeypatch.setattr(torch.distributed.HashStore, "clone", lambda self: self, raising=False)
-    monkeypatch.setattr(tp, "deadline", lambda *args: None)
+    monkeypatch.setattr(ranks, "deadline", lambda *args: None)
     error = RuntimeError("[/gloo/buffer.cc:78] Timed out waiting 2000ms for recv. And more\nframes")
     message = ranks.Shard(0, 4, store=store).lost_contact(error)
     reason = "Timed out waiting 2000ms for recv"

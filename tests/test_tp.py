@@ -170,7 +170,7 @@ def worker(folder):
 
 if __name__ == "__main__":
     worker(Path(sys.argv[1]))
-    sys.exit(0)  # torchrun takes no other end of a process that it forked for success
+    sys.exit()
 
 from conftest import call, make_hf_model, torchrun, write_tokenizer  # noqa: E402 (the processes above need no transformers)
 from test_generate import chi_square, reference_distribution, tiny_model  # noqa: E402
@@ -218,7 +218,7 @@ def one(folder):
 @pytest.fixture(scope="module", params=WORLDS)
 def world(request, folder):
     """What each rank of a world found."""
-    process = torchrun(request.param, __file__, folder, forking="generate")
+    process = torchrun(request.param, __file__, folder)
     _, errors = process.communicate(timeout=280)
     assert process.returncode == 0, errors
     return [torch.load(folder / f"{request.param}-{rank}.pt") for rank in range(request.param)]
@@ -365,7 +365,6 @@ def test_interactive(folder):
         "--self_speculative",
         "--max_new_tokens",
         "8",
-        forking="generate",
     )
     code, output, errors = settle(process, input="def f1\n" + "x" * 2000 + "\nreturn\n")
     assert (
@@ -388,9 +387,9 @@ def ranks_of(process):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the processes in /proc")
-@pytest.mark.parametrize("interactive,forking", [(False, None), (True, "generate")])
+@pytest.mark.parametrize("interactive", [False, True])
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_rank_ends_all(killed, interactive, forking, folder):
+def test_a_killed_rank_ends_all(killed, interactive, folder):
     args = ["--interactive"] if interactive else ["--num_samples", "100000"]
     process = torchrun(
         2,
@@ -400,7 +399,6 @@ def test_a_killed_rank_ends_all(killed, interactive, forking, folder):
         "--prompt",
         "def",
         *args,
-        forking=forking,
         threads=2,
     )
     try:
@@ -450,7 +448,7 @@ def test_a_signal_is_told_once_even_while_python_runs(monkeypatch):
 
 def test_bad_input_ends_all_in_one_line(folder):
     path = folder / "llama3" / "model.pth"
-    code, _, errors = settle(torchrun(3, ROOT / "generate.py", "--checkpoint_path", path, forking="generate"))
+    code, _, errors = settle(torchrun(3, ROOT / "generate.py", "--checkpoint_path", path))
     assert code == 1 and len(errors) == 1 and "can't be split over 3 processes" in errors[0]
 
 
@@ -463,7 +461,7 @@ def test_an_error_of_one_rank_is_everyones(folder, tmp_path):
         "sys.argv.append(f'--checkpoint_path={sys.argv.pop()}/{name}/model.pth')\n"
         "generate.run_command(generate.main)\n"
     )
-    code, _, errors = settle(torchrun(2, script, folder, forking="generate"))
+    code, _, errors = settle(torchrun(2, script, folder))
     assert code == 1 and len(errors) == 1 and "none/model.pth: not found" in errors[0]
 
 

@@ -270,7 +270,7 @@ def test_training_continues_a_converted_checkpoint(checkpoint, data, tmp_path):
 
 def train_by_two(data, out, *args, script=ROOT / "scripts" / "train.py"):
     """(torchrun's exit code, its stderr)."""
-    process = torchrun(2, script, "--data", data, "--include", "*.py", "--out", out, *TINY, *args, forking="train")
+    process = torchrun(2, script, "--data", data, "--include", "*.py", "--out", out, *TINY, *args)
     _, errors = process.communicate(timeout=300)
     return process.returncode, errors
 
