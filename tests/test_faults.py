@@ -903,6 +903,7 @@ STREAMS = [  # what, command, options, its streams (None: closed), exit code, wh
 ]
 
 
+@pytest.mark.slow
 def test_standard_streams_that_are_closed_full_or_broken(checkpoint, tmp_path):
     path = checkpoint("llama2")
     model = ["--checkpoint_path", str(path)]
@@ -1001,6 +1002,7 @@ def test_the_current_folder_is_gone(tmp_path):
         assert errors.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_without_pythons_unsafe_path():
     """-I is -P, which Python 3.10 hasn't, and more. No fake PyTorch: that would take PYTHONPATH."""
     isolated = [path for path in scripts() if path.stem in ("quantize", "export_hf_checkpoint")]

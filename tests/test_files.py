@@ -343,6 +343,7 @@ def test_a_full_disk_keeps_the_last_state_of_a_training_run(tmp_path):
     assert not [name for name in names(tmp_path / "out") if "partial" in name]
 
 
+@pytest.mark.slow
 def test_kills_and_full_disks_at_random_moments():
     """A short one of what `python tests/campaign.py` does at length."""
     codes = campaign(kills=16, disks=8)

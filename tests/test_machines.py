@@ -81,6 +81,7 @@ def test_a_broken_compiler_is_one_line(case, machine, monkeypatch):
 
 
 @pytest.mark.parametrize("first", ["", VERSION])
+@pytest.mark.slow
 def test_a_compiler_that_hangs_is_ended_with_all_that_it_started(first, machine, monkeypatch):
     os.mkfifo(machine / "alive")
     alive = os.open(machine / "alive", os.O_RDONLY | os.O_NONBLOCK)
@@ -363,6 +364,7 @@ def no_inductor(plain_pytorch, monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_generating_goes_on_without_torch_compile(checkpoint, no_inductor):
     args = ("--checkpoint_path", checkpoint("llama2"), "--num_samples", 2, "--max_new_tokens", 8, "--temperature", 0)
     plain = call(generate.main, *args)

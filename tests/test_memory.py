@@ -46,6 +46,7 @@ needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="
 
 @needs_proc
 @pytest.mark.parametrize("how", [dict(), dict(exit_layer=2, k=3, ngram_k=3)])
+@pytest.mark.slow
 def test_two_thousand_texts(how, checkpoint):
     def make():
         decoder = Decoder(load_model(checkpoint("llama2")), rows=64, **how)
@@ -55,6 +56,7 @@ def test_two_thousand_texts(how, checkpoint):
 
 
 @needs_proc
+@pytest.mark.slow
 def test_twenty_loads(checkpoint):
     """Each is freed by its last reference; 20 of them would take at least 20 times the file's size."""
     path = checkpoint("llama2")

@@ -23,6 +23,7 @@ def smoke(tmp_path, python):
     return result.returncode, {line.split()[0]: line for line in lines if not line.startswith("driver")}
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_or_crashes_stops_no_other(tmp_path):
     code, summary = smoke(
         tmp_path,
