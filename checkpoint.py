@@ -283,6 +283,14 @@ def plain(value: object, what: str) -> Tensor:
     return value.detach()  # of older files, which hold nn.Parameters
 
 
+def check_finite(t: Tensor, what: str) -> None:
+    """Raise InputError if a tensor has a value that is infinite or no number. what: its name in the message."""
+    if t.itemsize == 1:  # PyTorch has no aminmax for float8
+        t = t.float()
+    if not all(extreme.isfinite() for extreme in t.aminmax()):
+        raise InputError(f"{what} holds values that are not finite: the file is damaged; make or download it anew")
+
+
 def load_model(
     path: str | Path,
     device: str | torch.device = "cpu",
@@ -379,11 +387,3 @@ def allocate(model: Transformer, device: str | torch.device, dtype: torch.dtype,
         state[name] = part.view(kind).view(t.shape)
         begin += nbytes
     return state
-
-
-def check_finite(t: Tensor, what: str) -> None:
-    """Raise InputError if a tensor has a value that is infinite or no number. what: its name in the message."""
-    if t.itemsize == 1:  # PyTorch has no aminmax for float8
-        t = t.float()
-    if not all(extreme.isfinite() for extreme in t.aminmax()):
-        raise InputError(f"{what} holds values that are not finite: the file is damaged; make or download it anew")

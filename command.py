@@ -8,7 +8,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -54,12 +53,6 @@ def blaming(what: str) -> Iterator[None]:
         raise InputError(f"{what} ({first_line(error, type(error).__name__)})") from None
 
 
-@cache
-def nowhere() -> int:
-    """A descriptor of /dev/null, opened once: `unheard` is around each token that becomes text."""
-    return os.open(os.devnull, os.O_WRONLY)
-
-
 @contextmanager
 def unheard() -> Iterator[None]:
     """Drop what libraries write to standard error by themselves, as Rust does before its error arrives here."""
@@ -68,7 +61,8 @@ def unheard() -> Iterator[None]:
     except OSError:  # closed: there is nothing to drop
         yield
         return
-    os.dup2(nowhere(), 2)
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 2)
     try:
         yield
     finally:

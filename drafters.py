@@ -93,10 +93,6 @@ class Drafter:
         """Bytes of weights that drafting reads in a round, beside the target's own pass over all of its weights."""
         return 0
 
-    def prefill_bytes(self) -> int:
-        """Bytes of weights that `prefill` reads."""
-        return 0
-
     def extra_bytes(self) -> int:
         """Bytes of memory that the drafter's own copies of weights take."""
         return 0
@@ -163,9 +159,6 @@ class ModelDrafter(Drafter):
         layers, head = self.step_bytes()
         return self.k * (layers + head) + layers
 
-    def prefill_bytes(self) -> int:
-        return self.step_bytes()[0]
-
     def extra_bytes(self) -> int:
         return 0 if self.head is self.model.head else weight_bytes(self.head)
 
@@ -187,9 +180,6 @@ class SelfDrafter(ModelDrafter):
 
     def prefill(self, prompt: Tensor, pos: Tensor | None) -> None:
         """The target's own pass fills these rows."""
-
-    def prefill_bytes(self) -> int:
-        return 0
 
     def verify_from(self, tokens: Tensor, states: list[Tensor], pos: Tensor) -> tuple[Tensor, int]:
         last = self.target(tokens[:, -1:], pos + self.k, 0, self.exit_layer)
@@ -299,14 +289,12 @@ class NgramDrafter(Drafter):
         return torch.cat((token, self.found), dim=1), [], probs
 
     def verify_from(self, tokens: Tensor, states: list[Tensor], pos: Tensor) -> tuple[Tensor, int]:
-        self.prefill(tokens, pos + torch.arange(self.k + 1, device=pos.device))  # the other drafter hears of the round
+        if len(self.models) > 1:  # the other drafter's own model must hear of the round
+            self.prefill(tokens, pos + torch.arange(self.k + 1, device=pos.device))
         return tokens, 0
 
     def bytes_per_round(self) -> int:
-        return self.prefill_bytes()
-
-    def prefill_bytes(self) -> int:
-        return self.otherwise.prefill_bytes()
+        return sum(weight_bytes(*model.layers, model.norm) for model in self.models[1:])
 
     def extra_bytes(self) -> int:
         return self.otherwise.extra_bytes()

@@ -39,22 +39,22 @@ CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS}  # the fi
 # Reading.
 
 
-def check_regular(path: str | Path, what: str = "file", pipes: bool = False) -> None:
+def check_regular(path: str | Path, pipes: bool = False) -> None:
     """Raise InputError if `path` is there and is no regular file: reading it could take for ever.
 
-    what: is expected. pipes: allow those too, for what a user hands over as <(command), and /dev/null.
+    pipes: allow those too, for what a user hands over as <(command), and /dev/null.
     """
     try:
         found = os.stat(path)
     except (OSError, ValueError):  # opening it says more
         return
     if stat.S_ISDIR(found.st_mode):
-        raise InputError(f"{path}: is a folder; a {what} was expected")
+        raise InputError(f"{path}: is a folder; a file was expected")
     ends = stat.S_ISREG(found.st_mode)
     if pipes:
         ends = ends or stat.S_ISFIFO(found.st_mode) or os.path.samestat(found, os.stat(os.devnull))
     if not ends:
-        raise InputError(f"{path}: not a regular file; a {what} was expected")
+        raise InputError(f"{path}: not a regular file; a file was expected")
 
 
 def read_bytes(path: str | Path, pipes: bool = False) -> bytes:

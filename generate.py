@@ -50,9 +50,9 @@ from values import filled, filled_path, or_auto, real, whole
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 DEFAULT_PROMPT = "class Stack:\n    def __init__(self):\n"
 SPECULATE_K = 4  # tokens that a model drafts in a round, where nothing else is said
-DRAFT_LENGTH = whole(1, kernels.MAX_ROWS - 1)  # the type of options
-MOST_SEED = 2**63 - 1
 NGRAM_K = 7  # the same for n-grams: with it a round has 8 rows, which the CPU's kernels take at once
+DRAFT_LENGTH = whole(1, kernels.MAX_ROWS - 1)  # what either may be
+MOST_SEED = 2**63 - 1
 INTERACTIVE_ROWS = 8192  # cache rows for a conversation; many models' contexts are far longer
 
 

@@ -247,7 +247,7 @@ def quantize_checkpoint(
                 result[f"layers.{i}.{name}"].copy_(t)
             for t in tensors.values():
                 release(t)
-        for name in state.keys() & {"embed.weight", "head.weight", "norm.weight"}:
+        for name in sorted(state.keys() & {"embed.weight", "head.weight", "norm.weight"}):
             check_finite(state[name], f"{path}: tensor {name}")
         head = state["embed.weight" if config.tied else "head.weight"]
         weight, scale = int8_rows(head)

@@ -29,7 +29,7 @@ from tokenizers.models import BPE, Unigram
 from tokenizers.processors import TemplateProcessing
 
 from command import InputError, blaming, first_line, unheard
-from files import check_fields, parse_json, read_object, read_text
+from files import check_fields, parse_json, read_object, read_text, replacing, write_json, write_text
 from values import FLAG, NOTHING, OBJECT, TEXT, Kind, list_of, whole
 
 # Where Llama 3 cuts a text into words. The same pattern is in its tokenizer.json and in the model card of its tiktoken
@@ -158,7 +158,8 @@ class Tokenizer:
 
         Raises InputError if the tokenizer's own rules for it fail.
         """
-        with library(f"{self.folder}: its tokenizer can't turn tokens into text"):
+        # Not `library`: this is within the decoding round, and what fails here fails without a word on stderr.
+        with blaming(f"{self.folder}: its tokenizer can't turn tokens into text"):
             return self._decode(ids)
 
     def _decode(self, ids: list[int]) -> str:
@@ -211,16 +212,17 @@ class Tokenizer:
         """Write the tokenizer's files into a folder. This class and transformers read the same tokenizer from them."""
         folder = Path(folder)
         if (self.folder / "tokenizer.model").is_file():
-            shutil.copy(self.folder / "tokenizer.model", folder / "tokenizer.model")
+            with replacing(folder / "tokenizer.model") as file:
+                shutil.copy(self.folder / "tokenizer.model", file)
         if self.template is not None:
-            (folder / "chat_template.jinja").write_text(self.template, encoding="utf-8")
+            write_text(folder / "chat_template.jinja", self.template)
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **self.roles,
             "clean_up_tokenization_spaces": False,
             **self._save(folder),
         }
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "tokenizer_config.json", settings, indent=2)
 
     def same_as(self, other: "Tokenizer") -> bool:
         """Whether two tokenizers agree, so that one model can draft for the other.
@@ -236,7 +238,7 @@ class Tokenizer:
 
 @contextmanager
 def library(what: str) -> Iterator[None]:
-    """Around all that calls a tokenizer's library: any failure, a panic of Rust too, becomes an InputError.
+    """Around what loads a tokenizer's library and encodes by it: any failure, a panic of Rust too, is an InputError.
 
     what: what the message says has failed.
     """
@@ -635,7 +637,8 @@ class BackendTokenizer(Tokenizer):
         return token in self._bytes
 
     def _save(self, folder: Path) -> dict:
-        self.backend.save(str(folder / "tokenizer.json"))
+        with replacing(folder / "tokenizer.json") as file:
+            self.backend.save(str(file))
         return {"split_special_tokens": self.backend.encode_special_tokens}
 
 

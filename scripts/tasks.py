@@ -585,7 +585,6 @@ class Results:
             raise InputError(
                 f"--out {self.out}: {path} is not a file of results ({error}); delete it or name another"
             ) from None
-        return lines
 
     def by(self, *columns: str) -> dict[Any, Row]:
         """{values in these columns: row}. Raises InputError if a row lacks one of them, or two have the same."""

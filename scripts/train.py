@@ -313,8 +313,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
     except RuntimeError as error:
         reason = str(error).splitlines()[-1]
         raise InputError(f"--vocab_size {vocab_size}: sentencepiece can't train it on this text ({reason})") from None
-    with replacing(folder / "tokenizer.model") as partial:
-        partial.write_bytes(model.getvalue())
+    with replacing(folder / "tokenizer.model") as file:
+        file.write_bytes(model.getvalue())
     return Tokenizer.load(folder)
 
 
@@ -609,8 +609,8 @@ class TrainState:
         if self.rank == 0 or self.fsdp:
             state = full_state(self.model, self.optimizers, self.fsdp)
         if self.rank == 0:
-            with replacing(self.path) as partial:
-                save_tensors({**state, "step": step, "settings": self.settings}, partial)
+            with replacing(self.path) as file:
+                save_tensors({**state, "step": step, "settings": self.settings}, file)
 
     def load(self, device: torch.device) -> int:
         """Load the state. Returns the number of steps that are done. Raises InputError if it isn't this run's state."""
@@ -775,7 +775,7 @@ def synchronized(parallel: nn.Module, last: bool) -> Iterator[None]:
     yield
 
 
-def check_finite(step: int, loss: float, norm: float) -> None:
+def check_step(step: int, loss: float, norm: float) -> None:
     """Raise InputError, before it is taken, for a step whose loss or gradient's norm is not finite."""
     for what, value in (("the loss", loss), ("the norm of the gradient", norm)):
         if not math.isfinite(value):
@@ -819,10 +819,11 @@ def train_in_folder(args: argparse.Namespace, shard: Shard) -> list[float]:
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
             rate = schedule.learning_rate(step)
             step += 1
-            check_finite(step, loss.item(), norm.item())
-            optimizer_step(optimizers, rate)
             history.append(loss.item())
-            report.step(step, losses, learning_rate=rate, gradient_norm=norm.item())
+            gradient_norm = norm.item()
+            check_step(step, history[-1], gradient_norm)
+            optimizer_step(optimizers, rate)
+            report.step(step, losses, learning_rate=rate, gradient_norm=gradient_norm)
             if is_due(step, args.save_every):
                 train_state.save(step)
     train_state.save(step)  # also at the end, so that nothing is lost if the last validation fails

@@ -90,6 +90,8 @@ def test_n_grams_in_front_of_a_draft_model(k, ngram_k):
     plain, _ = run(target, 80)
     ours, stats = run(target, 80, draft_model=draft, k=k, ngram_k=ngram_k)
     assert ours == plain and all(map(sum, stats.rounds.values())) and len(stats.rounds) == 2
+    drafter = make_drafter(target, draft_model=draft, k=k, ngram_k=ngram_k)
+    assert drafter.bytes_per_round() == drafter.otherwise.step_bytes()[0] > 0  # all layers once, and no head
     rows = len(PROMPT) + len(plain) - 1
     alone.setup_caches(rows)
     alone(torch.tensor([[*PROMPT, *plain[:-1]]]), None)

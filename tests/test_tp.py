@@ -172,7 +172,8 @@ if __name__ == "__main__":
     worker(Path(sys.argv[1]))
     sys.exit()
 
-from conftest import call, make_hf_model, torchrun, write_tokenizer  # noqa: E402 (the processes above need no transformers)
+# The processes above need no transformers.
+from conftest import call, make_hf_model, torchrun, write_tokenizer  # noqa: E402
 from test_generate import chi_square, reference_distribution, tiny_model  # noqa: E402
 
 
