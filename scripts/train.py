@@ -188,7 +188,9 @@ class LayerSkipLoss(nn.Module):
                 x = x.index_copy(0, rows, layer(x[rows], *positions).to(x.dtype))
             if weight:
                 hidden.append(x.flatten(0, 1))
-        entropy, divergence = self.losses(hidden, targets.flatten()) / targets.numel()
+        last = hidden[-1].detach()
+        sums = [self.losses(own, last, targets.flatten()) for own in hidden]
+        entropy, divergence = torch.stack(sums, dim=1) / targets.numel()
         share = torch.full_like(entropy, self.distill)
         share[-1] = 0
         weights = weights.to(x.device)
@@ -196,34 +198,33 @@ class LayerSkipLoss(nn.Module):
         total = (weights[inside] * torch.lerp(entropy, divergence, share)).sum()
         return total, torch.full_like(weights, math.nan).masked_scatter(inside, entropy.detach())
 
-    def losses(self, hidden: list[Tensor], targets: Tensor) -> Tensor:
-        """Of every exit, from its hidden states (N, D) and the targets (N,): cross entropy and divergence from the last
-        exit's distribution, both summed: (2, exits).
+    def losses(self, x: Tensor, last: Tensor, targets: Tensor) -> Tensor:
+        """Of an exit with hidden states x (N, D), and targets (N,): cross entropy and divergence from the distribution
+        of the last exit's hidden states (N, D), both summed: (2,).
 
         Logits of a large vocabulary take more memory than all else. So no more than LOGITS of them are there at a time;
         the backward pass computes them again. F.linear_cross_entropy, which holds a gradient of the head for each exit,
         takes more memory and more time.
         """
-        rows = max(1, LOGITS // (self.model.config.vocab_size * len(hidden)))
-        if len(targets) <= rows:
-            return self.summed(targets, *hidden)
-        parts = zip(targets.split(rows), *[x.split(rows) for x in hidden], strict=True)
+        rows = max(1, LOGITS // self.model.config.vocab_size)
+        if len(x) <= rows:
+            return self.summed(x, last, targets)
+        parts = zip(x.split(rows), last.split(rows), targets.split(rows), strict=True)
         return torch.stack([checkpoint(self.summed, *part, use_reentrant=False) for part in parts]).sum(0)
 
-    def summed(self, targets: Tensor, *hidden: Tensor) -> Tensor:
+    def summed(self, x: Tensor, last: Tensor, targets: Tensor) -> Tensor:
         """`losses` of all positions at once. The divergence is that of distillation (1503.02531): times the temperature
-        squared, so that gradients are as large at each temperature. The last exit is not moved by it.
+        squared, so that gradients are as large at each temperature.
         """
-        logits = [self.model.logits(x).float() for x in hidden]
-        entropies = torch.stack([F.cross_entropy(own, targets, reduction="sum") for own in logits])
-        divergences = torch.zeros_like(entropies)
-        if self.distill:
-            t = self.temperature
-            teacher = (logits[-1].detach() / t).log_softmax(-1)
-            students = [(own / t).log_softmax(-1) for own in logits]
-            parts = [F.kl_div(own, teacher, reduction="sum", log_target=True) for own in students]
-            divergences = t * t * torch.stack(parts)
-        return torch.stack((entropies, divergences))
+        logits = self.model.logits(x).float()
+        entropy = F.cross_entropy(logits, targets, reduction="sum")
+        if not self.distill:
+            return torch.stack((entropy, torch.zeros_like(entropy)))
+        t = self.temperature
+        with torch.no_grad():
+            teacher = (self.model.logits(last).float() / t).log_softmax(-1)
+        divergence = F.kl_div((logits / t).log_softmax(-1), teacher, reduction="sum", log_target=True)
+        return torch.stack((entropy, t * t * divergence))
 
     def exits(self, tokens: Tensor, targets: Tensor, layers: Any) -> tuple[Tensor, Tensor]:
         """Of every exit: the cross entropy (L,) float32, summed over the targets (b, T), and the most likely tokens.
