@@ -34,8 +34,8 @@ from drafters import check_precision
 from files import read_text, write_text
 from generate import CHECKPOINTS, DRAFT_LENGTH, Decoder, Sampling, load
 from model import SIZES, Transformer
+from recipe import LayerSkipLoss, evaluate
 from tokenizer import Tokenizer
-from train import LayerSkipLoss, evaluate
 from train_options import MOST_BATCH
 from values import MOST, filled, filled_path, whole
 

@@ -10,12 +10,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import first_model
+import optimizers
 import plot_training
+import recipe
 import train
 import train_log
 from checkpoint import load_model
 from command import InputError
 from conftest import ROOT, call, torchrun
+from data import is_held_out
+from model import ModelConfig, Transformer
+from tokenizer import Tokenizer
 from train_log import read_log
 
 TINY = [
@@ -71,32 +77,32 @@ def test_dropout_probabilities():
     """
     root = math.sqrt(2)
     torch.testing.assert_close(
-        train.dropout_probabilities(3, 0, 5, 0.1, False), torch.tensor([0, 0.1 * (root - 1), 0.1])
+        recipe.dropout_probabilities(3, 0, 5, 0.1, False), torch.tensor([0, 0.1 * (root - 1), 0.1])
     )
-    torch.testing.assert_close(train.dropout_probabilities(3, 0, 5, 0.1, True), torch.zeros(3))
+    torch.testing.assert_close(recipe.dropout_probabilities(3, 0, 5, 0.1, True), torch.zeros(3))
     torch.testing.assert_close(
-        train.dropout_probabilities(3, 2, 5, 0.2, True), 0.2 * (root - 1) * torch.tensor([0, root - 1, 1])
+        recipe.dropout_probabilities(3, 2, 5, 0.2, True), 0.2 * (root - 1) * torch.tensor([0, root - 1, 1])
     )
-    torch.testing.assert_close(train.dropout_probabilities(3, 4, 5, 0.2, True), 0.2 * torch.tensor([0, root - 1, 1]))
+    torch.testing.assert_close(recipe.dropout_probabilities(3, 4, 5, 0.2, True), 0.2 * torch.tensor([0, root - 1, 1]))
 
 
 def test_exit_weights():
     """e = scale * (0, 1, 3, 6, ...), the last L - 1 + scale * sum(0..L-2); over the enabled ones they sum to one."""
     every = torch.ones(4, dtype=torch.bool)
-    torch.testing.assert_close(train.exit_weights(every, 1.0), torch.tensor([0, 1, 3, 6]) / 10)
-    torch.testing.assert_close(train.exit_weights(every, 0.2), torch.tensor([0, 0.2, 0.6, 3.6]) / 4.4)
+    torch.testing.assert_close(recipe.exit_weights(every, 1.0), torch.tensor([0, 1, 3, 6]) / 10)
+    torch.testing.assert_close(recipe.exit_weights(every, 0.2), torch.tensor([0, 0.2, 0.6, 3.6]) / 4.4)
     torch.testing.assert_close(
-        train.exit_weights(torch.tensor([True, True, False, True]), 0.5), torch.tensor([0, 0.5, 0, 4.5]) / 5
+        recipe.exit_weights(torch.tensor([True, True, False, True]), 0.5), torch.tensor([0, 0.5, 0, 4.5]) / 5
     )
-    torch.testing.assert_close(train.exit_weights(every, 0.5, 0.0), torch.tensor([0.5, 0.5, 0.5, 1]) / 2.5)
-    torch.testing.assert_close(train.exit_weights(every, 2.0, -1.0), torch.tensor([2, 1, 2 / 3, 1]) / (14 / 3))
+    torch.testing.assert_close(recipe.exit_weights(every, 0.5, 0.0), torch.tensor([0.5, 0.5, 0.5, 1]) / 2.5)
+    torch.testing.assert_close(recipe.exit_weights(every, 2.0, -1.0), torch.tensor([2, 1, 2 / 3, 1]) / (14 / 3))
 
 
 def test_curricula():
-    rotational = [train.enabled_exits(6, step, 100, "rotational", 3).nonzero().flatten().tolist() for step in range(4)]
+    rotational = [recipe.enabled_exits(6, step, 100, "rotational", 3).nonzero().flatten().tolist() for step in range(4)]
     assert rotational == [[0, 3, 5], [1, 4, 5], [2, 5], [0, 3, 5]]
     gradual = [
-        train.enabled_exits(4, step, 16, "gradual", 0).nonzero().flatten().tolist() for step in range(9)
+        recipe.enabled_exits(4, step, 16, "gradual", 0).nonzero().flatten().tolist() for step in range(9)
     ]  # one more every 2 steps
     assert gradual == [[3], [3], [2, 3], [2, 3], [1, 2, 3], [1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
 
@@ -106,7 +112,7 @@ def make_objective(layers=3):
 
     model = tiny_model(n_layer=layers).requires_grad_(True).train()
     tokens = torch.randint(0, 64, (4, 9), generator=torch.Generator().manual_seed(0))
-    return train.LayerSkipLoss(model), tokens[:, :-1], tokens[:, 1:]
+    return recipe.LayerSkipLoss(model), tokens[:, :-1], tokens[:, 1:]
 
 
 def test_loss_is_the_weighted_sum_over_exits_of_kept_layers():
@@ -143,10 +149,10 @@ def test_a_tiny_run_learns_and_its_checkpoint_loads(optimizer, data, tmp_path, c
     record = json.loads((tmp_path / "out" / "train_log.jsonl").read_text().splitlines()[-1])
     assert record["agreement"][-1] == 1 and len(record["val_loss"]) == 4 and record["tokens_seen"] == 60 * 4 * 32
     # The reported validation loss is that of the saved model, worked out anew in float64 on the held-out files.
-    tokenizer = train.Tokenizer.load(tmp_path / "out")
+    tokenizer = Tokenizer.load(tmp_path / "out")
     ids = []
     for path in sorted(data.glob("file*.py")):
-        if train.is_held_out(path.name, 0.2):
+        if is_held_out(path.name, 0.2):
             ids += [*tokenizer.encode(path.read_text()), tokenizer.eos_id]
     ids = torch.tensor(ids)
     count = (len(ids) - 1) // 32
@@ -165,7 +171,7 @@ def test_a_tokenizer_gives_back_every_byte(data, tmp_path):
 
 def interrupt_after(step, monkeypatch):
     """Have the process receive Ctrl-C while that step is being computed."""
-    original, seen = train.enabled_exits, []
+    original, seen = recipe.enabled_exits, []
 
     def counting(*args):
         seen.append(1)
@@ -173,7 +179,7 @@ def interrupt_after(step, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return original(*args)
 
-    monkeypatch.setattr(train, "enabled_exits", counting)
+    monkeypatch.setattr(recipe, "enabled_exits", counting)
 
 
 def test_muon_equals_pytorchs():
@@ -183,14 +189,14 @@ def test_muon_equals_pytorchs():
         ours = torch.nn.Parameter(torch.randn(shape) / 10)
         theirs = torch.nn.Parameter(ours.detach().clone())
         first = ours.detach().clone()
-        optimizers = (
-            train.Muon([ours], 3e-3, 0.1),
+        both = (
+            optimizers.Muon([ours], 3e-3, 0.1),
             torch.optim.Muon([theirs], lr=3e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         )
         for _ in range(5):
             ours.grad = torch.randn(shape)
             theirs.grad = ours.grad.clone()
-            for optimizer in optimizers:
+            for optimizer in both:
                 optimizer.step()
         assert (ours - theirs).norm() < 0.03 * (ours - first).norm()
 
@@ -199,12 +205,12 @@ def test_a_model_grows_from_a_trained_one(data, tmp_path):
     """New layers begin as the identity: before the first step nothing changes, and then they learn."""
     run(data, tmp_path / "small", "--steps", 2, "--save_precision", "float32")
     small = load_model(tmp_path / "small" / "model.pth")
-    grown, x = train.restack(small, [1, 0, 2, 3, 4, 0]).eval(), torch.randint(0, 280, (1, 20))
+    grown, x = first_model.restack(small, [1, 0, 2, 3, 4, 0]).eval(), torch.randint(0, 280, (1, 20))
     with torch.no_grad():
         assert grown.config.n_layer == 6 and torch.equal(grown.logits(grown(x)), small.logits(small(x)))
         first, second, third, fourth = small.layers
         small.layers = torch.nn.ModuleList([second, first, fourth])
-        assert torch.equal(small(x), train.restack(load_model(tmp_path / "small" / "model.pth"), [2, 1, 4])(x))
+        assert torch.equal(small(x), first_model.restack(load_model(tmp_path / "small" / "model.pth"), [2, 1, 4])(x))
     run(
         data,
         tmp_path / "large",
@@ -307,14 +313,14 @@ def test_two_processes_train_as_one(how, data, tmp_path):
 
 INTERRUPTED = """
 import os, signal
-import train
-original, steps = train.enabled_exits, []
+import recipe, train
+original, steps = recipe.enabled_exits, []
 def counting(*args):
     steps.append(1)
     if len(steps) == 3 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGINT)
     return original(*args)
-train.enabled_exits = counting
+recipe.enabled_exits = counting
 train.run_command(lambda: train.train(train.parse_args()), watch=False)
 """
 
@@ -364,7 +370,7 @@ def test_saving_memory_changes_no_loss(args, data, tmp_path, monkeypatch):
     how = ["--steps", 4, "--max_dropout", 0.5]
     wanted = run(data, tmp_path / "all", *how)
     if args == ["small logits"]:
-        monkeypatch.setattr(train, "LOGITS", 300 * 7)  # seven rows at a time
+        monkeypatch.setattr(recipe, "LOGITS", 300 * 7)  # seven rows at a time
         args = []
     assert run(data, tmp_path / "less", *how, *args) == pytest.approx(wanted, rel=1e-5)
 
@@ -372,11 +378,11 @@ def test_saving_memory_changes_no_loss(args, data, tmp_path, monkeypatch):
 def double_model(vocab_size):
     """Three random layers in float64."""
     torch.manual_seed(0)
-    config = train.ModelConfig(
+    config = ModelConfig(
         vocab_size=vocab_size, dim=16, n_layer=3, n_head=2, n_kv_head=2, head_dim=8, intermediate_size=24, context=64
     )
-    model = train.Transformer(config)
-    train.initialize(model)
+    model = Transformer(config)
+    first_model.initialize(model)
     return model.double()
 
 
@@ -388,8 +394,8 @@ def test_logits_are_there_piece_by_piece():
     sizes = []
     model.head.register_forward_hook(lambda module, args, logits: sizes.append(logits.numel()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "LOGITS", 11_000)
-        loss, losses = train.LayerSkipLoss(model)(tokens, targets, keep, weights, keep[:, 0])
+        patch.setattr(recipe, "LOGITS", 11_000)
+        loss, losses = recipe.LayerSkipLoss(model)(tokens, targets, keep, weights, keep[:, 0])
         loss.backward()
     assert max(sizes) == 11_000
     found = {name: w.grad.clone() for name, w in model.named_parameters()}
@@ -438,11 +444,13 @@ def test_the_log_and_its_picture(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize("logits", [1 << 25, 2_000])
 def test_distillation_by_hand(logits, monkeypatch):
     """Against the definition in float64: early exits move toward the last layer's distribution, which stays."""
-    monkeypatch.setattr(train, "LOGITS", logits)
+    monkeypatch.setattr(recipe, "LOGITS", logits)
     model = double_model(50)
     tokens, targets = torch.randint(0, 50, (2, 4, 20))
     keep, weights = torch.ones(3, 4, dtype=torch.bool), torch.tensor([0.3, 0.0, 0.7])
-    loss, losses = train.LayerSkipLoss(model, distill=0.25, temperature=2.0)(tokens, targets, keep, weights, keep[:, 0])
+    loss, losses = recipe.LayerSkipLoss(model, distill=0.25, temperature=2.0)(
+        tokens, targets, keep, weights, keep[:, 0]
+    )
     x, outs = model.embed(tokens), []
     for layer in model.layers:
         x = layer(x, *model.positions(20, None))
