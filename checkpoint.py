@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def check_state(state: dict[str, Tensor], config: ModelConfig, path: str | Path) -> None:
     """Raise InputError, naming `path` and the first tensor at fault, unless `state` is exactly this architecture's."""
-    wanted = expected_tensors(config)
+    check_tensors(state, expected_tensors(config), path)
+
+
+def check_tensors(state: dict[str, Tensor], wanted: dict[str, Tensor], path: str | Path) -> None:
+    """Raise InputError, naming `path` and the first tensor at fault, unless `state` has what is wanted."""
     for name in sorted(wanted.keys() | state.keys()):
         if name not in state:
             raise InputError(f"{path}: tensor {name} is missing")
@@ -133,23 +137,31 @@ def save_tensors(value: object, path: Path) -> None:
 
 @contextmanager
 def saved(path: str | Path, like: dict[str, Tensor], config: ModelConfig) -> Iterator[dict[str, Tensor]]:
-    """Write `model.pth` and the `model.json` beside it, both whole or neither, without having all of it in memory.
+    """Write `model.pth` and the `model.json` beside it as `written` does. Raises InputError also if `like` is not what
+    the architecture has.
+    """
+    check_state(like, config, path)
+    with written(path, like, asdict(config)) as result:
+        yield result
+
+
+@contextmanager
+def written(path: str | Path, like: dict[str, Tensor], description: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
+    """Write a file of tensors and its description beside it, both whole or neither, without having all of it in memory.
 
     like: {name: tensor} of the shapes and dtypes to come. Yields a dict of tensors to copy the values into: they are
     the file's own, mapped into memory. Raises InputError if the files can't be written, or another run writes them.
     """
     path = Path(path)
     check_name(path)
-    check_state(like, config, path)
-    description = described_by(path)
-    with locked(path), replacing(description) as text, replacing(path) as weights:
+    with locked(path), replacing(described_by(path)) as text, replacing(path) as weights:
         allocate_file(weights, like)
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
             result = torch.load(weights, mmap=True, weights_only=True)
         yield result
         write_checksums(weights)
         # The two files can't appear at the same time. A crash in between leaves a digest that doesn't fit, which shows.
-        text.write_text(json.dumps({**asdict(config), DIGEST: digest(weights)}, indent=2) + "\n")
+        text.write_text(json.dumps({**description, DIGEST: digest(weights)}, indent=2) + "\n")
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Tensor], config: ModelConfig) -> None:
@@ -264,14 +276,18 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], ModelConfig]:
 
     Raises InputError if they don't, or one of them is missing or not readable.
     """
-    state = read_state(path)
-    expected = "a checkpoint of scripts/convert_hf_checkpoint.py was expected"
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise InputError(f"{path}: holds no names and tensors; {expected}")
-    state = {name: plain(value, f"{path}: {shown(name)}") for name, value in state.items()}
+    state = read_tensors(path, "a checkpoint of scripts/convert_hf_checkpoint.py was expected")
     config = load_config(described_by(path))
     check_state(state, config, path)
     return state, config
+
+
+def read_tensors(path: Path, expected: str) -> dict[str, Tensor]:
+    """The tensors of a file, mapped and not read. Raises InputError if it has anything else, with what was expected."""
+    state = read_state(path)
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise InputError(f"{path}: holds no names and tensors; {expected}")
+    return {name: plain(value, f"{path}: {shown(name)}") for name, value in state.items()}
 
 
 def plain(value: object, what: str) -> Tensor:
@@ -315,8 +331,8 @@ def load_model(
     return model
 
 
-def copy_state(state: dict[str, Tensor], model: Transformer) -> None:
-    """Copy a mapped checkpoint's tensors into the model, or what the model has of each of them."""
+def copy_state(state: dict[str, Tensor], model: nn.Module) -> None:
+    """Copy a mapped file's tensors into the model, or what the model has of each of them."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     for name, own in model.state_dict().items():
         if name not in state:

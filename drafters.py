@@ -5,6 +5,7 @@ whoever drafts, because acceptance goes by the probabilities that the drafts wer
 """
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import kernels
 from command import InputError
-from model import Linear, Transformer, natives
+from model import ExitAdapter, Linear, Transformer, natives
 
 LONGEST_PAUSE = 31  # rounds that n-gram drafts stay away while they are wrong
 SMALLER: dict[str | None, list[str]] = {None: ["int8", "int4"], "int8": ["int4"], "int4": []}  # what can be rounded to
@@ -29,14 +30,17 @@ class Drafter:
     was never written, and later queries read it. Rejected tokens cost nothing: the position moves back, and their
     rows are overwritten before anything sees them.
 
-    Attributes: name, for reports; k, the tokens drafted in a round; models, all whose caches a round fills; vocab_size,
-    the ids that can be drafted; exit_layer, for reports (None: drafts don't come from an exit of the target);
-    reads_text, whether `pick` must know the whole text so far (a GPU then waits for the host between rounds).
+    Attributes: name, for reports; k, the tokens drafted in a round; models, all whose caches a round fills, adapters
+    among them; vocab_size, the ids that can be drafted; exit_layer, for reports (None: drafts don't come from an exit
+    of the target); reads_text, whether `pick` must know the whole text so far (a GPU then waits for the host between
+    rounds).
     """
 
     name = "plain"
     exit_layer: int | None = None
     reads_text = False
+
+    models: list[Any]
 
     def __init__(self, target: Transformer, k: int = 0):
         self.target, self.k = target, k
@@ -61,8 +65,12 @@ class Drafter:
 
     # What a round computes, in static shapes.
 
-    def prefill(self, prompt: Tensor, pos: Tensor | None) -> None:
-        """Fill caches of the drafter's own from the prompt (1, T) at positions pos (T,); None: from 0 on."""
+    def fill(self, tokens: Tensor, pos: Tensor | None) -> tuple[Tensor, int]:
+        """Fill caches of the drafter's own from tokens (1, T) of the text at positions pos (T,); None: from 0 on.
+
+        Returns what the target's pass over these tokens starts from: (x, start) as `Transformer.forward` has them.
+        """
+        return tokens, 0
 
     def step(self, token: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
         """One drafting step from token (1, 1) at pos (1,): (what `verify_from` needs of it, logits (1, V))."""
@@ -84,8 +92,8 @@ class Drafter:
         return torch.cat(tokens, dim=1), states, probs
 
     def verify_from(self, tokens: Tensor, states: list[Tensor], pos: Tensor) -> tuple[Tensor, int]:
-        """What the target's pass over tokens (1, k + 1) from pos (1,) on starts from: (x, start) as
-        `Transformer.forward` has them. Here the last of the k + 1 positions also gets its row in the drafter's caches.
+        """What the target's pass over tokens (1, k + 1) from pos (1,) on starts from, as `fill` has it. Here the last
+        of the k + 1 positions also gets its row in the drafter's caches.
         """
         return tokens, 0
 
@@ -115,6 +123,7 @@ class ModelDrafter(Drafter):
         self.layers: Any = draft.layers  # those that draft
         self.models = [target] if draft is target else [target, draft]
         self.vocab_size = min(target.config.vocab_size, draft.config.vocab_size)
+        self.norm = draft.norm
         self.head: Linear = draft.head
         if head == "int8" and can_round_head(draft):
             self.head = draft.rounded_head
@@ -125,8 +134,9 @@ class ModelDrafter(Drafter):
             return tokens
         return tokens.clamp(max=self.vocab_size - 1)
 
-    def prefill(self, prompt: Tensor, pos: Tensor | None) -> None:
-        self.model(self.known(prompt), pos)
+    def fill(self, tokens: Tensor, pos: Tensor | None) -> tuple[Tensor, int]:
+        self.model(self.known(tokens), pos)
+        return tokens, 0
 
     def step(self, token: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.model.run(self.layers, self.known(token), pos)
@@ -139,13 +149,13 @@ class ModelDrafter(Drafter):
             return super().draft(step, token, pos, u)
         drafted, states = torch.ops.layerskip.draft(
             self.known(token), pos, self.k, model.inv_freq, model.embed.weight, natives(self.layers),
-            model.norm.weight, head.weight, head.scale, head.zero, self.vocab_size, model.config.norm_eps,
+            self.norm.weight, head.weight, head.scale, head.zero, self.vocab_size, model.config.norm_eps,
         )  # fmt: skip
         return torch.cat((token, drafted), dim=1), [states], []
 
     def logits(self, h: Tensor) -> Tensor:
         """What drafts are chosen from: logits (..., V) for hidden states h (..., D)."""
-        return self.head(self.model.norm(h))[..., : self.vocab_size]
+        return self.head(self.norm(h))[..., : self.vocab_size]
 
     def verify_from(self, tokens: Tensor, states: list[Tensor], pos: Tensor) -> tuple[Tensor, int]:
         self.model(self.known(tokens[:, -1:]), pos + self.k)  # the row that a fully accepted round needs
@@ -153,7 +163,7 @@ class ModelDrafter(Drafter):
 
     def step_bytes(self) -> tuple[int, int]:
         """Bytes of weights that one step reads: (those of its layers and norm, those of its head)."""
-        return weight_bytes(*self.layers, self.model.norm), weight_bytes(self.head)
+        return weight_bytes(*self.layers, self.norm), weight_bytes(self.head)
 
     def bytes_per_round(self) -> int:
         layers, head = self.step_bytes()
@@ -166,6 +176,9 @@ class ModelDrafter(Drafter):
 class SelfDrafter(ModelDrafter):
     """The target's own layers [0, exit_layer) and its head. Verification goes on from their hidden states with the
     layers that follow, so that no layer sees a position twice.
+
+    Where the exit has an adapter, drafts come through its norm, and through its block if it has one. The block's cache
+    rows are written anew from the target's own hidden states, from which verification then goes on.
     """
 
     name = "self"
@@ -175,18 +188,64 @@ class SelfDrafter(ModelDrafter):
     def __init__(self, target: Transformer, exit_layer: int, k: int, head: str = "int8"):
         check_exit(exit_layer, target.config.n_layer, self.precision)
         super().__init__(target, target, k, head)
-        self.exit_layer = exit_layer
-        self.layers = target.layers[:exit_layer]
+        self.take(exit_layer)
 
-    def prefill(self, prompt: Tensor, pos: Tensor | None) -> None:
-        """The target's own pass fills these rows."""
+    def take(self, exit_layer: int) -> None:
+        """Draft from this exit."""
+        target = self.target
+        self.exit_layer = exit_layer
+        self.norm, self.block, self.models = target.norm, [], [target]
+        adapter = target.adapters.get(exit_layer)
+        if adapter:
+            self.norm = adapter.norm
+            if adapter.layers:
+                self.block = [self.block_of(adapter)]
+                self.models = [target, adapter]
+        self.layers = [*self.first_layers(), *self.block]
+
+    def at(self, exit_layer: int) -> "SelfDrafter":
+        """The same drafter from another exit."""
+        other = copy(self)
+        other.take(exit_layer)
+        return other
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """Logits (1, T, V) that drafts would be chosen from all over a text, for the hidden states (1, T, D) that come
+        out of the first layers.
+        """
+        for model in self.models[1:]:
+            model.setup_caches(hidden.shape[1])
+            model.cached_ids = []  # these rows aren't those of the target's hidden states if a copy drafts
+        return self.logits(self.model.run(self.block, hidden, None))
+
+    def first_layers(self) -> list[Any]:
+        """What drafts in the place of the target's layers [0, exit_layer)."""
+        return list(self.target.layers[: self.exit_layer])
+
+    def block_of(self, adapter: ExitAdapter) -> Any:
+        """The adapter's block, in the precision of the layers that draft."""
+        precision = self.target.config.quantization if self.precision == "same" else self.precision
+        return adapter.rounded_block(precision) if precision else adapter.layers[0]
+
+    def fill(self, tokens: Tensor, pos: Tensor | None) -> tuple[Tensor, int]:
+        if not self.block:
+            return tokens, 0  # the target's own pass fills all rows
+        hidden = self.target(tokens, pos, 0, self.exit_layer)
+        self.target.run(self.block, hidden, pos)
+        return hidden, self.exit_layer
 
     def verify_from(self, tokens: Tensor, states: list[Tensor], pos: Tensor) -> tuple[Tensor, int]:
+        if self.block:
+            return self.fill(tokens, pos + torch.arange(self.k + 1, device=pos.device))
         last = self.target(tokens[:, -1:], pos + self.k, 0, self.exit_layer)
         return torch.cat((*states, last), dim=1), self.exit_layer
 
     def bytes_per_round(self) -> int:
-        return self.k * sum(self.step_bytes())  # the last pass reads what the target's own would have read
+        """The last position's pass through the first layers reads what the target's own would have read."""
+        return self.k * sum(self.step_bytes()) + weight_bytes(*self.block)
+
+    def extra_bytes(self) -> int:
+        return super().extra_bytes() + weight_bytes(*self.block)
 
 
 class QuantizedDrafter(SelfDrafter):
@@ -202,13 +261,17 @@ class QuantizedDrafter(SelfDrafter):
         check_precision(precision, target.config.quantization)
         self.name, self.precision = f"self {precision}", precision
         super().__init__(target, exit_layer, k, head)
-        self.layers = target.rounded_layers(exit_layer, precision)
+
+    def first_layers(self) -> list[Any]:
+        return self.target.rounded_layers(self.exit_layer, self.precision)
 
     def verify_from(self, tokens: Tensor, states: list[Tensor], pos: Tensor) -> tuple[Tensor, int]:
+        if self.block:
+            return super().verify_from(tokens, states, pos)
         return tokens, 0
 
     def extra_bytes(self) -> int:
-        return super().extra_bytes() + weight_bytes(*self.layers)
+        return super().extra_bytes() + weight_bytes(*self.first_layers())
 
 
 class NgramDrafter(Drafter):
@@ -279,8 +342,8 @@ class NgramDrafter(Drafter):
                 return start
         return None
 
-    def prefill(self, prompt: Tensor, pos: Tensor | None) -> None:
-        self.otherwise.prefill(prompt, pos)
+    def fill(self, tokens: Tensor, pos: Tensor | None) -> tuple[Tensor, int]:
+        return self.otherwise.fill(tokens, pos)
 
     def draft(self, step: Step, token: Tensor, pos: Tensor, u: Tensor | None) -> tuple[Tensor, list, list]:
         probs: list[Tensor] = []
@@ -289,9 +352,7 @@ class NgramDrafter(Drafter):
         return torch.cat((token, self.found), dim=1), [], probs
 
     def verify_from(self, tokens: Tensor, states: list[Tensor], pos: Tensor) -> tuple[Tensor, int]:
-        if len(self.models) > 1:  # the other drafter's own model must hear of the round
-            self.prefill(tokens, pos + torch.arange(self.k + 1, device=pos.device))
-        return tokens, 0
+        return self.fill(tokens, pos + torch.arange(self.k + 1, device=pos.device))  # the other drafter hears of it
 
     def bytes_per_round(self) -> int:
         return sum(weight_bytes(*model.layers, model.norm) for model in self.models[1:])

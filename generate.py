@@ -36,6 +36,7 @@ from torch import Tensor
 
 import kernels
 import tune
+from adapters import load_adapters
 from checkpoint import count_parameters, described_by, load_model
 from command import InputError, Parser, add_threads, check_device
 from drafters import SMALLER, Drafter, make_drafter, weight_bytes
@@ -192,8 +193,8 @@ class Round:
 
         Returns (2,): the first token, and whether its logits were finite numbers.
         """
-        self.drafter.prefill(prompt, pos)
-        logits = self.model.logits(self.model(prompt, pos)[:, -1])
+        x, start = self.drafter.fill(prompt, pos)
+        logits = self.model.logits(self.model(x, pos, start)[:, -1])
         token, _ = self.choose(logits, u)
         return torch.cat((token[0], all_finite(logits).long()))
 
@@ -749,14 +750,16 @@ def find_checkpoint(args: argparse.Namespace, shard: Shard) -> Path:
 def load(
     path: str | Path, device: str, precision: str | None, shard: Shard | None = None, verify: bool = True
 ) -> tuple[Transformer, Tokenizer]:
-    """(model, tokenizer) of a checkpoint file. precision None: bfloat16 on CUDA, float32 on the CPU. shard, verify: as
-    in `load_model`.
+    """(model, tokenizer) of a checkpoint file; the model has the adapters that lie beside it.
+
+    precision None: bfloat16 on CUDA, float32 on the CPU. shard, verify: as in `load_model`.
     """
     path = Path(path)
     check_device(device)
     if precision is None:
         precision = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     model = load_model(path, device, getattr(torch, precision), shard, verify)
+    load_adapters(path, model, verify)
     tokenizer = Tokenizer.load(path.parent)
     tokenizer.check_model(model.config.vocab_size)
     return model, tokenizer
@@ -899,7 +902,8 @@ def add_speculation(p: argparse.ArgumentParser) -> None:
         "--exit_layer",
         type=or_auto(SIZES["n_layer"]),
         metavar="E",
-        help="draft with this many layers (default: a quarter of them; with --draft_precision int8 or int4: all); "
+        help="draft with this many layers (default: the lowest exit that has an adapter; else "
+        "a quarter of them, or with --draft_precision int8 or int4 all); "
         "auto: see below",
     )
     add(
@@ -1043,6 +1047,8 @@ def make_decoder(args: argparse.Namespace, model: Transformer, draft_model: Tran
 
 def default_exit(args: argparse.Namespace, model: Transformer) -> int:
     """Where drafting ends if no exit is named."""
+    if model.adapters:
+        return min(model.adapters)
     copied = args.draft_precision in ("int8", "int4")
     return model.config.n_layer if copied else model.config.default_exit
 

@@ -8,9 +8,9 @@ import json
 import math
 from collections.abc import Callable
 from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -256,6 +256,7 @@ def rounded(module: nn.Module, quantization: str) -> Any:
     return twin
 
 
+@torch.no_grad()
 def into_one_block(modules: list[nn.Module]) -> None:
     """Move the modules' products, if they are on the CPU, to memory in huge pages, as a checkpoint's weights have."""
     linears = [linear for module in modules for linear in module.modules() if isinstance(linear, Linear)]
@@ -266,7 +267,7 @@ def into_one_block(modules: list[nn.Module]) -> None:
     for linear, memory in zip(linears, block.split(sizes), strict=True):
         weight = linear.weight
         own = memory[: weight.nbytes].view(weight.dtype).view(weight.shape)
-        linear.weight = own.copy_(weight)
+        linear.weight.data = own.copy_(weight)
 
 
 class RMSNorm(nn.Module):
@@ -373,7 +374,85 @@ def run_fused(layers: Any, x: Tensor, pos: Tensor, rope: tuple[Tensor, Tensor]) 
     return fused.layers(x, pos, *rope, norms, weights, scales, zeros, k_caches, v_caches, eps)
 
 
-class Transformer(nn.Module):
+class Cached:
+    """Layers that keep keys and values of a text. For modules that have `config`, `layers` and `norm`."""
+
+    config: ModelConfig
+    layers: Any  # nn.ModuleList of Block, which type checkers take for plain modules
+    norm: RMSNorm
+    cached_ids: list[int]  # of the text whose rows the caches hold, as far as a Decoder knows
+
+    def blocks(self) -> list[Any]:
+        """All layers that are bound to the caches."""
+        return list(self.layers)
+
+    def setup_caches(self, rows: int, batch: int = 1) -> None:
+        """See to KV caches of at least `rows` positions in every layer, in the weights' dtype and on their device."""
+        kernels.prepare(self.norm.weight, self.config.n_head // self.config.n_kv_head, self.config.head_dim)
+        for module in cast(nn.Module, self).modules():
+            if isinstance(module, Linear):
+                module.arrange()
+        cache = self.layers[0].attention.k_cache
+        if cache is None or cache.shape[0] != batch or cache.shape[2] < rows:
+            self.allocate_caches(rows, batch)
+        self.bind()
+
+    def allocate_caches(self, rows: int, batch: int) -> None:
+        weight, attention = self.norm.weight, self.layers[0].attention
+        shape = (batch, attention.kv_heads, rows, attention.head_dim)
+        self.cached_ids = []
+        check_memory(
+            2 * len(self.layers) * math.prod(shape) * weight.itemsize,
+            weight.device,
+            f"a KV cache of {rows} positions",
+        )
+        for layer in self.layers:
+            layer.attention.k_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+            layer.attention.v_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+
+    def drop_caches(self) -> None:
+        """Let go of the caches: whole texts, in batches or longer than the caches, are then scored without filling
+        them.
+        """
+        self.cached_ids = []
+        for layer in self.layers:
+            layer.attention.k_cache = layer.attention.v_cache = None
+        self.bind()
+
+    def bind(self) -> None:
+        for layer in self.blocks():
+            layer.bind()
+
+
+class ExitAdapter(Cached, nn.Module):
+    """What makes an exit of a model predict better while the model stays as it is: a norm in place of the final one,
+    and before it, if there is one, a block more (Balcony, arXiv 2503.05005).
+    """
+
+    def __init__(self, config: ModelConfig, block: bool):
+        """config: the model's own. The adapter isn't quantized, whatever the model is."""
+        super().__init__()
+        self.config = replace(config, quantization=None, groupsize=None)
+        self.cached_ids = []
+        self.copies: dict[str, Any] = {}  # what `rounded_block` has made
+        self.layers = nn.ModuleList([Block(self.config)] if block else [])
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+
+    def blocks(self) -> list[Any]:
+        return [*self.layers, *self.copies.values()]
+
+    @torch.no_grad()
+    def rounded_block(self, quantization: str) -> Any:
+        """A copy of the block, see `rounded`; made once and kept."""
+        if quantization not in self.copies:
+            block = rounded(self.layers[0], quantization)
+            into_one_block([block])
+            block.bind()
+            self.copies[quantization] = block
+        return self.copies[quantization]
+
+
+class Transformer(Cached, nn.Module):
     """The whole model: `logits(forward(tokens))`.
 
     With `setup_caches`, every call writes its keys and values at its own positions' rows. A query sees the rows up to
@@ -384,7 +463,6 @@ class Transformer(nn.Module):
     states and logits.
     """
 
-    layers: Any  # nn.ModuleList of Block, which type checkers take for plain modules
     inv_freq: Tensor
 
     def __init__(self, config: ModelConfig):
@@ -392,7 +470,8 @@ class Transformer(nn.Module):
         self.config = config  # of the whole model
         self.shard: Any = None  # the ranks.Shard whose part of it this is
         self.copies: dict[str, list[Any]] = {"int8": [], "int4": []}  # what `rounded_layers` has made
-        self.cached_ids: list[int] = []  # of the text whose rows the caches hold, as far as a Decoder knows
+        self.adapters: dict[int, ExitAdapter] = {}  # of exits that have one; no part of the checkpoint
+        self.cached_ids = []
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -408,6 +487,14 @@ class Transformer(nn.Module):
         if self.shard:
             (own,) = self.head.pieces(self.embed.weight)  # a view: no memory of its own
             self.head.weight = nn.Parameter(own, requires_grad=False)
+
+    def blocks(self) -> list[Any]:
+        return [*self.layers, *self.copies["int8"], *self.copies["int4"]]
+
+    def drop_caches(self) -> None:
+        super().drop_caches()
+        for adapter in self.adapters.values():
+            adapter.drop_caches()
 
     @torch.no_grad()
     def rounded_layers(self, count: int, quantization: str) -> list[Any]:
@@ -433,44 +520,6 @@ class Transformer(nn.Module):
         into_one_block([head])
         return head
 
-    def setup_caches(self, rows: int, batch: int = 1) -> None:
-        """See to KV caches of at least `rows` positions in every layer, in the weights' dtype and on their device."""
-        weight, attention = self.embed.weight, self.layers[0].attention
-        cache = attention.k_cache
-        kernels.prepare(weight, self.config.n_head // self.config.n_kv_head, self.config.head_dim)
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.arrange()
-        if cache is None or cache.shape[0] != batch or cache.shape[2] < rows:
-            self.allocate_caches(rows, batch)
-        self.bind()
-
-    def allocate_caches(self, rows: int, batch: int) -> None:
-        weight, attention = self.embed.weight, self.layers[0].attention
-        shape = (batch, attention.kv_heads, rows, attention.head_dim)
-        self.cached_ids = []
-        check_memory(
-            2 * self.config.n_layer * math.prod(shape) * weight.itemsize,
-            weight.device,
-            f"a KV cache of {rows} positions",
-        )
-        for layer in self.layers:
-            layer.attention.k_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-            layer.attention.v_cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-
-    def drop_caches(self) -> None:
-        """Let go of the caches: whole texts, in batches or longer than the caches, are then scored without filling
-        them.
-        """
-        self.cached_ids = []
-        for layer in self.layers:
-            layer.attention.k_cache = layer.attention.v_cache = None
-        self.bind()
-
-    def bind(self) -> None:
-        for layer in (*self.layers, *self.copies["int8"], *self.copies["int4"]):
-            layer.bind()
-
     def positions(self, T: int, pos: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor], bool]:
         """What every layer needs to know of them: (pos (T,), (cos, sin) each (T, 1, C/2), whether to attend to the
         caches).
@@ -495,7 +544,7 @@ class Transformer(nn.Module):
         """
         kind = kernels.backend(self.embed.weight, x.shape[0] * x.shape[1])
         own = natives(layers)
-        if kind == "cpu" and all(native is not None for native in own):
+        if kind == "cpu" and own and all(native is not None for native in own):
             pos = torch.arange(x.shape[1]) if pos is None else pos
             group = (self.shard.group, self.shard.size) if self.shard else ()
             return torch.ops.layerskip.layers(
@@ -513,3 +562,12 @@ class Transformer(nn.Module):
     def logits(self, h: Tensor) -> Tensor:
         """Final norm and output head on hidden states h (..., D) of any layer: (..., V)."""
         return self.head(self.norm(h))
+
+    def exit_states(self, h: Tensor, exit_layer: int) -> Tensor:
+        """Hidden states h (B, T, D) of whole texts at an exit, as the head takes them there: through the exit's adapter
+        if it has one, else through the final norm.
+        """
+        adapter = self.adapters.get(exit_layer)
+        if adapter is None:
+            return self.norm(h)
+        return adapter.norm(self.run(adapter.layers, h, None))

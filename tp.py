@@ -8,7 +8,7 @@ numbers, bit for bit, so that they take the same decisions.
 
 from collections.abc import Iterable
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from kernels.formats import GROUPSIZES
 from ranks import Shard, Span
 
 if TYPE_CHECKING:
-    from model import Attention, Block, FeedForward, Transformer
+    from model import Attention, Block, FeedForward, ModelConfig, Transformer
 
 
 # Collectives. They take the name of the group, so that the compiler traces them and a CUDA graph records them.
@@ -101,10 +101,15 @@ def split(whole: "Transformer", shard: Shard) -> None:
         raise InputError(f"{heads} can't be split over {shard.size} processes")
     if c.vocab_size % shard.size:
         raise InputError(f"a vocabulary of {c.vocab_size} can't be split over {shard.size} processes")
-    for layer in cast("Iterable[Block]", whole.layers):
-        split_attention(layer.attention, c.groupsize, shard)
-        split_feed_forward(layer.ffn, c.intermediate_size, shard)
+    split_layers(whole.layers, c, shard)
     whole.head.keep(rows=[shard.part(c.vocab_size)], combine=partial(all_gather, shard=shard))
+
+
+def split_layers(layers: "Iterable[Block]", config: "ModelConfig", shard: Shard) -> None:
+    """Make layers without weights this process's parts of them. Raises InputError if they can't be split."""
+    for layer in layers:
+        split_attention(layer.attention, config.groupsize, shard)
+        split_feed_forward(layer.ffn, config.intermediate_size, shard)
 
 
 def split_attention(attention: "Attention", groupsize: int | None, shard: Shard) -> None:

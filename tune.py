@@ -58,24 +58,23 @@ def exit_chances(decoder: Decoder, prompt: list[int], text: list[int], exits: Se
     model, sampling = decoder.model, decoder.sampling
     drafter: Any = decoder.drafter  # a SelfDrafter
     ids = torch.tensor([prompt + text[:-1]], device=model.embed.weight.device)  # (1, T)
-    x = model.embed(ids)
-    hidden = {}
-    for i, layer in enumerate(drafter.layers):
-        x = model.run([layer], x, None)
-        hidden[i + 1] = x[0, len(prompt) :]  # (len(text) - 1, D), where text[1:] is drafted
-    model.cached_ids = []  # the rows are the drafts' now
     target = None
     if sampling.temperature > 0:
         target = sampling.distribution(model.logits(model(ids)[0, len(prompt) :]))  # (len(text) - 1, V)
-    chosen = torch.tensor(text[1:], device=x.device)
+    chosen = torch.tensor(text[1:], device=ids.device)
     chances = {}
-    for e in exits:
-        logits = drafter.logits(hidden[e])
+    x = model.embed(ids)
+    for number, layer in enumerate(drafter.first_layers(), 1):
+        x = model.run([layer], x, None)
+        if number not in exits:
+            continue
+        logits = drafter.at(number).text_logits(x)[0, len(prompt) :]  # (len(text) - 1, V), where text[1:] is drafted
         if target is None:
             chance = (logits.argmax(-1) == chosen).double()
         else:
             chance = torch.minimum(sampling.distribution(logits), target).sum(-1).clamp(max=1)
-        chances[e] = chance.tolist()
+        chances[number] = chance.tolist()
+    model.cached_ids = []  # the rows are the drafts' now
     return chances
 
 

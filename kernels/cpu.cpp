@@ -640,7 +640,8 @@ static at::Tensor collective(const char* name, const Args&... args) {
 template <typename T>
 struct Pass {
   const LayerList& layers;
-  const int64_t B, L, M, D, H, G, C, F, S;  // M = B * L
+  const int64_t B, L, M, D, H, G, C, F;  // M = B * L
+  int64_t S;                             // rows that every layer's caches have
   const float eps;
   const std::optional<std::string> group;
   const int64_t processes;
@@ -674,8 +675,9 @@ struct Pass {
         hidden(M * std::max(2 * F, D)),
         act(M * F) {
     for (const auto& l : layers)
-      TORCH_CHECK(l->D == D && l->H == H && l->F == F && l->k.sizes() == first().k.sizes() && l->k.size(0) == B &&
+      TORCH_CHECK(l->D == D && l->H == H && l->G == G && l->C == C && l->F == F && l->k.size(0) == B &&
                   l->k.scalar_type() == c10::CppTypeToScalarType<T>());
+    for (const auto& l : layers) S = std::min(S, l->k.size(2));
   }
 
   const Layer& first() const { return *layers.at(0); }
@@ -740,6 +742,7 @@ struct Pass {
     for (const auto& own : layers) {
       const Layer& layer = *own;
       T *k = layer.k.template mutable_data_ptr<T>(), *v = layer.v.template mutable_data_ptr<T>();
+      const int64_t rows = layer.k.size(2);
       normalize_rows(layer.norm1);
       auto [begin, end] = me.share(layer.qkv.N);
       product(normed.data(), M, layer.qkv, qkv.data(), begin, end);
@@ -750,7 +753,7 @@ struct Pass {
         float* row = &qkv[(m * (H + 2 * G) + head) * C];
         rotate(row, &cos[t * C / 2], &sin[t * C / 2], C);
         if (head < H) continue;
-        int64_t cache = ((b * G + head - H) * S + pos[t]) * C;
+        int64_t cache = ((b * G + head - H) * rows + pos[t]) * C;
         for (int64_t c = 0; c < C; c++) k[cache + c] = (T)row[c], v[cache + c] = (T)row[G * C + c];
       }
       me.meet();
@@ -763,7 +766,7 @@ struct Pass {
           int64_t t = (i + j) % L, h = (i + j) / L % H, m = (i + j) / L / H * L + t;
           query[j] = {&qkv[(m * (H + 2 * G) + h) * C], &mixed[(m * H + h) * C], pos[t]};
         }
-        const int64_t cache = i / shared * S * C;
+        const int64_t cache = i / shared * rows * C;
         switch (count) {
           case 1: attend<1>(query, k + cache, v + cache, C, score.data(), room); break;
           case 2: attend<2>(query, k + cache, v + cache, C, score.data(), room); break;

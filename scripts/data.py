@@ -177,12 +177,15 @@ class Encoder:
     tokenizer: ClassVar[Tokenizer]  # of a process of its own
 
     def __init__(self, tokenizer: Tokenizer, processes: int) -> None:
-        self.pool = None
-        self.processes = processes
+        self.pool: Any = None
+        self.batch_size = BATCH * processes
+        self.vocab_size = tokenizer.vocab_size
         Encoder.tokenizer = tokenizer
-        if processes > 1:
-            spawned = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-            self.pool = spawned.Pool(processes, Encoder.begin, (tokenizer.folder,))
+        self.processes = processes
+
+    def describe(self) -> dict[str, Any]:
+        """What the ids depend on beside the texts, as JSON has it."""
+        return {"tokenizer": tokenizer_digest(Encoder.tokenizer.folder)}
 
     @staticmethod
     def begin(folder: Path) -> None:
@@ -205,6 +208,9 @@ class Encoder:
         return map(Encoder.encode, documents)
 
     def __enter__(self) -> "Encoder":
+        if self.processes > 1:
+            spawned = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+            self.pool = spawned.Pool(self.processes, Encoder.begin, (Encoder.tokenizer.folder,))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -231,36 +237,38 @@ class Row:
         os.fsync(self.file.fileno())
 
 
-def pack(sources: Sources, tokenizer: Tokenizer, folder: Path, val_fraction: float, processes: int) -> None:
+def pack(sources: Any, encoder: Any, folder: Path, val_fraction: float) -> None:
     """Write the ids of all documents to folder/train.bin and folder/val.bin, and their description to tokens.json.
 
-    What is there already, of the same texts by the same tokenizer, is kept; an interrupted run goes on. Raises
-    InputError if the texts can't be read or the files can't be written.
+    sources, encoder: Sources and an Encoder, or what stands in their places. What is there already, of the same texts
+    by the same encoder, is kept; an interrupted run goes on. Raises InputError if the texts can't be read or the files
+    can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "tokens.json"):
         description = {
             **sources.describe(),
-            "tokenizer": tokenizer_digest(tokenizer.folder),
+            **encoder.describe(),
             "val_fraction": val_fraction,
-            "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "int32",
+            "dtype": "uint16" if encoder.vocab_size <= 1 << 16 else "int32",
         }
         state = read_object(folder / "tokens.json")
         if {name: state.get(name) for name in description} != description:
             state = {**description, "documents": 0, "train": 0, "val": 0, "whole": False}
+            write_json(folder / "tokens.json", state, indent=2)  # before the files that it described are cut
         if not state["whole"]:
-            with Encoder(tokenizer, processes) as encoder:
+            with encoder:
                 pack_rows(sources, encoder, folder, state)
 
 
-def pack_rows(sources: Sources, encoder: Encoder, folder: Path, state: dict[str, Any]) -> None:
+def pack_rows(sources: Any, encoder: Any, folder: Path, state: dict[str, Any]) -> None:
     """Write what is missing, and note in tokens.json from time to time how far it is."""
     dtype = np.dtype(state["dtype"])
     rows = {name: Row(folder / f"{name}.bin", state[name], dtype) for name in ("train", "val")}
     documents = islice(sources.documents(), state["documents"], None)
     bar = tqdm(desc="packing", unit="text", initial=state["documents"], disable=None)
     try:
-        while batch := list(islice(documents, BATCH * encoder.processes)):
+        while batch := list(islice(documents, encoder.batch_size)):
             for (name, _), ids in zip(batch, encoder.batch(batch), strict=True):
                 row = rows["val" if is_held_out(name, state["val_fraction"]) else "train"]
                 row.add(ids)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
 from torch import nn
 
 from checkpoint import count_parameters, load_model
@@ -52,17 +53,22 @@ def new_model(args: argparse.Namespace, tokenizer: Tokenizer) -> Transformer:
     return model
 
 
-def load_base(path: Path, layers: list[int] | None) -> Transformer:
-    """The checkpoint to train further. layers: a model made of these layers of it, as `restack` makes it.
+def load_base(args: argparse.Namespace, device: torch.device) -> Transformer:
+    """The checkpoint to train further, or a model made of --layers of it, as `restack` makes it.
 
-    Raises InputError if the checkpoint is quantized, or doesn't have one of the layers.
+    With --freeze it is not to be trained, and comes on the device and in --precision. Raises InputError if the
+    checkpoint is quantized, or doesn't have one of the layers.
     """
-    model = load_model(path).requires_grad_(True).train()
+    path = args.checkpoint_path
+    if args.freeze:
+        model = load_model(path, device, getattr(torch, args.precision))
+    else:
+        model = load_model(path).requires_grad_(True).train()
     if model.config.quantization:
         kind = model.config.quantization
         raise InputError(f"--checkpoint_path {path}: is quantized ({kind}); train the checkpoint that it was made from")
-    if layers:
-        model = restack(model, layers)
+    if args.layers:
+        model = restack(model, args.layers)
     return model
 
 

@@ -106,6 +106,7 @@ class Engine(TemplateLM):
         for row, text in zip(tokens, texts, strict=True):
             row[: len(text) - 1] = torch.tensor(text[:-1])  # padded at the end, where no token that counts sees it
         hidden = self.model(tokens.to(self._device), None, 0, self.exit_layer)  # (B, T, D)
+        hidden = self.model.exit_states(hidden, self.exit_layer or self.model.config.n_layer)
         answers = []
         for h, text, (_, _, continuation) in zip(hidden, texts, batch, strict=True):
             first = max(0, len(text) - 1 - len(continuation))
@@ -113,8 +114,8 @@ class Engine(TemplateLM):
         return answers
 
     def judge(self, hidden: Tensor, text: list[int]) -> Answer:
-        """The answer for the last n ids of a text, given the hidden states (n, D) that they are predicted from."""
-        logprobs = self.model.logits(hidden).float().log_softmax(-1)  # (n, V)
+        """The answer for the last n ids of a text, given what the head predicts them from (n, D)."""
+        logprobs = self.model.head(hidden).float().log_softmax(-1)  # (n, V)
         wanted = torch.tensor(text[-len(logprobs) :], device=self._device)[:, None]  # (n, 1)
         greedy = (logprobs.argmax(-1, keepdim=True) == wanted).all()
         return logprobs.gather(1, wanted).sum().item(), bool(greedy)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from model import Transformer
+from model import Block
 
 
 class Muon(Optimizer):
@@ -51,14 +51,14 @@ def orthogonalize(m: Tensor) -> Tensor:
     return x
 
 
-def make_optimizers(model: Transformer, kind: str, lr: float, weight_decay: float) -> list[Optimizer]:
+def make_optimizers(trained: nn.Module, kind: str, lr: float, weight_decay: float) -> list[Optimizer]:
     """kind "adamw": AdamW for all weights. kind "muon": Muon for the layers' matrices, AdamW for the rest.
 
     lr: the learning rate until `optimizer_step` sets another. weight_decay: of the matrices; vectors have none.
     """
-    in_layers = set(map(id, model.layers.parameters()))
+    in_layers = {id(w) for block in trained.modules() if isinstance(block, Block) for w in block.parameters()}
     muon, matrices, vectors = [], [], []
-    for w in model.parameters():
+    for w in trained.parameters():
         if w.dim() != 2:
             vectors.append(w)
         elif kind == "muon" and id(w) in in_layers:

@@ -125,6 +125,8 @@ class LayerSkipLoss(nn.Module):
         """
         super().__init__()
         self.model = model
+        self.trained: nn.Module = model
+        self.scored = list(range(1, model.config.n_layer + 1))  # exits that validations are about, the last among them
         self.recompute = recompute
         self.distill = distill
         self.temperature = temperature
@@ -191,15 +193,17 @@ class LayerSkipLoss(nn.Module):
         return torch.stack((entropy, t * t * divergence))
 
     def exits(self, tokens: Tensor, targets: Tensor, layers: Any) -> tuple[Tensor, Tensor]:
-        """Of every exit: the cross entropy (L,) float32, summed over the targets (b, T), and the most likely tokens.
+        """Of every exit that `scored` has, E of them: the cross entropy (E,) float32, summed over the targets (b, T),
+        and the most likely tokens (E, b, T) int64.
 
-        tokens, targets: (b, T) int64. layers: the model's own, or copies of them. The most likely tokens are (L, b, T)
-        int64.
+        tokens, targets: (b, T) int64. layers: the model's own, or copies of them.
         """
         x, losses, choices = self.model.embed(tokens), [], []
-        for layer in layers:
+        for number, layer in enumerate(layers, 1):
             x = self.model.run([layer], x, None)
-            logits = self.model.logits(x).float()  # (b, T, V)
+            if number not in self.scored:
+                continue
+            logits = self.model.head(self.model.exit_states(x, number)).float()  # (b, T, V)
             losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
             choices.append(logits.argmax(-1))
         return torch.stack(losses), torch.stack(choices)
@@ -217,7 +221,8 @@ def evaluate(
     reference: Transformer | None = None,
     layers: Any = None,
 ) -> Evaluation:
-    """Loss and agreement of every exit, on windows of `context` tokens, spread evenly over ids (N,).
+    """Loss and agreement of the exits that the objective scores, on windows of `context` tokens, spread evenly over ids
+    (N,).
 
     At most max_tokens are scored (but one window at least), batch_size windows at a time, on `device`. autocast: the
     precision of the products. reference: the exits are compared with its last layer; None means the model's own.
@@ -226,8 +231,10 @@ def evaluate(
     count = min((len(ids) - 1) // context, max(1, max_tokens // context))
     starts = torch.linspace(0, len(ids) - 1 - context, count).long()
     layers = layers or objective.model.layers
-    losses = torch.zeros(len(layers), dtype=torch.float64)
-    agreement = torch.zeros(len(layers), dtype=torch.float64)
+    losses = torch.full((len(layers),), math.nan, dtype=torch.float64)
+    scored = torch.tensor(objective.scored) - 1
+    losses[scored] = 0
+    agreement = losses.clone()
     for chunk in tqdm(starts.split(batch_size), desc="evaluating", leave=False, disable=None):
         windows = [ids[start : start + context + 1].long() for start in chunk.tolist()]
         batch = torch.stack(windows).to(device)  # (b, T + 1)
@@ -236,7 +243,7 @@ def evaluate(
             wanted = choices[-1]
             if reference is not None:
                 wanted = reference.logits(reference(batch[:, :-1])).argmax(-1)
-        losses += loss.double().cpu()
-        agreement += (choices == wanted).sum((1, 2)).double().cpu()
+        losses[scored] += loss.double().cpu()
+        agreement[scored] += (choices == wanted).sum((1, 2)).double().cpu()
     total = count * context
     return Evaluation(losses / total, agreement / total, total)

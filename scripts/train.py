@@ -23,6 +23,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,14 +31,17 @@ from torch import Tensor, nn
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+from adapters import adapters_path, save_adapters
 from checkpoint import save_checkpoint
 from command import InputError, Parser, caught_signals
-from data import Sources, is_held_out, load, pack, window
+from data import Encoder, Sources, is_held_out, load, pack, window
 from early import is_out_of_memory
 from files import replacing
 from first_model import load_base, new_model
-from model import ModelConfig
+from freeze import AdapterLoss, check_exits, check_unchanged, default_exits, first_adapters
+from model import ModelConfig, Transformer
 from optimizers import make_optimizers, optimizer_step
+from own_text import Author, OwnTexts
 from ranks import Shard, run_command, start
 from recipe import LayerSkipLoss, Schedule, evaluate
 from tokenizer import Tokenizer
@@ -86,8 +90,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
     return Tokenizer.load(folder)
 
 
-def prepare_tokenizer(args: argparse.Namespace, sources: Sources, shard: Shard) -> Tokenizer:
-    """The tokenizer in --out. The first process writes it: --tokenizer, else the checkpoint's, else a new one."""
+def prepare_tokenizer(args: argparse.Namespace, sources: Any, shard: Shard) -> Tokenizer:
+    """The tokenizer in --out. The first process writes it: --tokenizer, else the checkpoint's, else a new one.
+
+    With --freeze, the checkpoint's own, where it is.
+    """
+    if args.freeze:
+        return Tokenizer.load(args.checkpoint_path.parent)
     source = args.tokenizer
     if source is None and args.checkpoint_path:
         source = args.checkpoint_path.parent
@@ -130,13 +139,13 @@ class Data:
         return result
 
 
-def load_data(
-    args: argparse.Namespace, sources: Sources, tokenizer: Tokenizer, shard: Shard, device: torch.device
-) -> Data:
-    """The documents as ids, which the first process packs. Raises InputError if they are too short to train on."""
+def load_data(args: argparse.Namespace, sources: Any, encoder: Any, shard: Shard, device: torch.device) -> Data:
+    """The documents as ids, which the first process packs; see `pack`. Raises InputError if they are too short to train
+    on.
+    """
     folder = args.packed or args.out / "tokens"
     if shard.rank == 0:
-        pack(sources, tokenizer, folder, args.val_fraction, args.workers)
+        pack(sources, encoder, folder, args.val_fraction)
     shard.gather(None)
     ids, val_ids = load(folder, args.val_fraction)
     if len(ids) < 3 * args.context or len(val_ids) <= args.context:
@@ -153,16 +162,6 @@ def shard_weights(objective: LayerSkipLoss, device: torch.device, world_size: in
     for part in (*objective.model.layers, objective):  # layer by layer, so that no device ever has the whole model
         fully_shard(part, mesh=mesh)
     register_fsdp_forward_method(objective, "exits")
-
-
-def save_model(path: Path, state: dict[str, Tensor], config: ModelConfig, precision: str, tokens_seen: int) -> None:
-    """Write the finished model.pth, and model.json beside it. precision: the dtype in the file."""
-    note = f"trained by scripts/train.py on {tokens_seen} tokens"
-    config.source = f"{config.source}, {note}" if config.source else note
-    if config.tied:  # the head is the embedding, and the file has it once
-        state = {name: tensor for name, tensor in state.items() if name != "head.weight"}
-    dtype = getattr(torch, precision)
-    save_checkpoint(path, {name: tensor.to("cpu", dtype) for name, tensor in state.items()}, config)
 
 
 # The run.
@@ -199,20 +198,37 @@ def mixed_precision(precision: str, device: torch.device) -> AbstractContextMana
 
 def load_data_and_model(args: argparse.Namespace, shard: Shard, device: torch.device) -> tuple[Data, LayerSkipLoss]:
     """The data, and the objective around the model. Puts the tokenizer into --out."""
-    sources = Sources.of(args)
+    sources: Any = OwnTexts(args.generate) if args.generate else Sources.of(args)
     sources.check()
     torch.manual_seed(args.seed)
     base = None
     if args.checkpoint_path:
-        base = load_base(args.checkpoint_path, args.layers)
+        base = load_base(args, device)
+    if args.freeze and base:
+        args.exits = sorted(args.exits or default_exits(base.config.n_layer))
+        check_exits(args.exits, base.config.n_layer)
     tokenizer = prepare_tokenizer(args, sources, shard)
     model = base or new_model(args, tokenizer)
+    tokenizer.check_model(model.config.vocab_size)
+    encoder: Any = Encoder(tokenizer, args.workers)
+    if args.generate:
+        encoder = Author(model, tokenizer, args.checkpoint_path, args.context, args.seed)
+    data = load_data(args, sources, encoder, shard, device)
+    return data, make_objective(args, model, device, shard.size)
+
+
+def make_objective(
+    args: argparse.Namespace, model: Transformer, device: torch.device, world_size: int
+) -> LayerSkipLoss:
+    """What is minimized, around the model, on the device."""
+    if args.freeze:
+        adapters = first_adapters(model, args.exits, args.adapter == "block")
+        args.exit_layer = args.exit_layer or args.exits[0]
+        return AdapterLoss(model, adapters, args.distill_temperature).to(device)
     objective = LayerSkipLoss(model, args.activation_checkpointing, args.distill, args.distill_temperature)
     if args.fsdp:
-        shard_weights(objective, device, shard.size)
-    model.to(device)
-    tokenizer.check_model(model.config.vocab_size)
-    return load_data(args, sources, tokenizer, shard, device), objective
+        shard_weights(objective, device, world_size)
+    return objective.to(device)
 
 
 def parallelize(objective: LayerSkipLoss, args: argparse.Namespace, world_size: int) -> nn.Module:
@@ -280,6 +296,11 @@ def train(args: argparse.Namespace) -> list[float]:
     shard = start()
     check_args(args, shard.size)
     args.precision = args.precision or default_precision(args.device)
+    if args.freeze:
+        made = adapters_path(args.checkpoint_path)
+        if made.exists() and not args.resume:
+            raise InputError(f"{made}: exists already; move it and adapters.json away to train others")
+        args.out = args.out or made.with_suffix("")
     with own_folder(args.out, args.resume, shard.rank):
         return train_in_folder(args, shard)
 
@@ -290,9 +311,10 @@ def train_in_folder(args: argparse.Namespace, shard: Shard) -> list[float]:
     data, objective = load_data_and_model(args, shard, device)
     model = objective.model
     schedule = Schedule(args, model.config.n_layer)
-    optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
+    trained = objective.trained
+    optimizers = make_optimizers(trained, args.optimizer, args.lr, args.weight_decay)
     settings = fixed_settings(args, len(data.train_ids))
-    train_state = TrainState(args.out / STATE_FILE, settings, model, optimizers, args.steps, shard.rank, args.fsdp)
+    train_state = TrainState(args.out / STATE_FILE, settings, trained, optimizers, args.steps, shard.rank, args.fsdp)
     first_step = train_state.load(device) if args.resume else 0
     parallel = parallelize(objective, args, shard.size)
     autocast = mixed_precision(args.precision, device)
@@ -305,14 +327,14 @@ def train_in_folder(args: argparse.Namespace, shard: Shard) -> list[float]:
             if validates and step > first_step and is_due(step, args.eval_every):
                 report.validation(step, data.validate(objective, args.eval_tokens, autocast))
             loss, losses = compute_gradients(parallel, data, schedule, step, autocast)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+            norm = nn.utils.clip_grad_norm_(trained.parameters(), args.grad_clip)
             rate = schedule.learning_rate(step)
             step += 1
             history.append(loss.item())
             gradient_norm = norm.item()
             check_step(step, history[-1], gradient_norm)
             optimizer_step(optimizers, rate)
-            report.step(step, losses, learning_rate=rate, gradient_norm=gradient_norm)
+            report.step(step, history[-1], losses, learning_rate=rate, gradient_norm=gradient_norm)
             if is_due(step, args.save_every):
                 train_state.save(step)
     train_state.save(step)  # also at the end, so that nothing is lost if the last validation fails
@@ -322,15 +344,40 @@ def train_in_folder(args: argparse.Namespace, shard: Shard) -> list[float]:
     if validates:
         seconds = report.seconds()
         result = data.validate(objective, len(data.val_ids), autocast)
-        state_dict = full_state(model, [], args.fsdp)["model"]
+        state_dict = full_state(trained, [], args.fsdp)["model"]
     if shard.rank == 0:
         report.end(step, result, seconds, len(data.train_ids))
-        tokens_seen = step * args.batch_size * args.context
-        shutil.rmtree(args.out / "tokens", ignore_errors=True)
-        save_model(args.out / "model.pth", state_dict, model.config, args.save_precision, tokens_seen)
+        path = save_result(args, objective, state_dict)
+        if not args.generate:  # that took long, and may be wanted again
+            shutil.rmtree(args.out / "tokens", ignore_errors=True)
         train_state.path.unlink(missing_ok=True)
-        print_table(args.out / "model.pth", result)
+        print_table(path, result)
     return history
+
+
+def save_result(args: argparse.Namespace, objective: LayerSkipLoss, state: dict[str, Tensor]) -> Path:
+    """Write the finished model.pth with these weights, or with --freeze adapters.pth. Returns its path.
+
+    Raises InputError if a model that was to stay as it was did not.
+    """
+    note = f"trained by scripts/train.py on {args.steps * args.batch_size * args.context} tokens"
+    dtype = getattr(torch, args.save_precision)
+    if args.freeze:
+        path = adapters_path(args.checkpoint_path)
+        check_unchanged(objective.model, args.checkpoint_path)
+        save_adapters(path, objective.model.adapters, note, dtype)
+        return path
+    path = args.out / "model.pth"
+    save_model(path, state, objective.model.config, note, dtype)
+    return path
+
+
+def save_model(path: Path, state: dict[str, Tensor], config: ModelConfig, note: str, dtype: torch.dtype) -> None:
+    """Write the finished model.pth in this dtype, and model.json beside it. note: where it comes from."""
+    config.source = f"{config.source}, {note}" if config.source else note
+    if config.tied:  # the head is the embedding, and the file has it once
+        state = {name: tensor for name, tensor in state.items() if name != "head.weight"}
+    save_checkpoint(path, {name: tensor.to("cpu", dtype) for name, tensor in state.items()}, config)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -25,7 +25,7 @@ Line = dict[str, Any]
 
 
 class Evaluation(NamedTuple):
-    """How good every exit is."""
+    """How good every exit is; NaN for those that were not scored."""
 
     losses: Tensor  # (L,) float64, nats per token
     agreement: Tensor  # (L,) float64, share of positions where the exit's most likely token is the reference's
@@ -60,20 +60,23 @@ class Report:
         """Seconds since the first step began."""
         return time.perf_counter() - self.began
 
-    def step(self, step: int, losses: Tensor, **more: float) -> None:
-        """Step number `step` is done. losses: (L,), NaN for exits that were not computed. more: goes into the log."""
+    def step(self, step: int, loss: float, losses: Tensor, **more: float) -> None:
+        """Step number `step` is done. loss: what was minimized. losses: (L,), NaN for exits that were not computed.
+        more: goes into the log.
+        """
         exit_loss = losses[self.exit_layer - 1]
         if not exit_loss.isnan():
             self.exit_loss = exit_loss.item()
         rate = (step - self.first_step) * self.tokens_per_step / max(self.seconds(), 1e-9)
-        text = f"loss {losses[-1]:.3f}, exit {self.exit_layer} {self.exit_loss:.3f}, {rate:.0f} tokens/s"
+        shown = loss if losses[-1].isnan() else losses[-1]
+        text = f"loss {shown:.3f}, exit {self.exit_layer} {self.exit_loss:.3f}, {rate:.0f} tokens/s"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         if self.rank == 0 and step % self.log_every == 0:
             before, then = self.logged
             now = time.perf_counter()
             self.logged = step, now
-            values = [None if math.isnan(loss) else loss for loss in losses.tolist()]
+            values = without_nan(losses)
             rate = (step - before) * self.tokens_per_step / max(now - then, 1e-9)
             self.write(step, exit_loss=values, **more, tokens_per_second=rate)
 
@@ -90,7 +93,12 @@ class Report:
         if self.rank != 0:
             return
         losses, agreement = result.losses.tolist(), result.agreement.tolist()
-        self.write(step, val_loss=losses, agreement=agreement, seconds=self.seconds())
+        self.write(
+            step,
+            val_loss=without_nan(result.losses),
+            agreement=without_nan(result.agreement),
+            seconds=self.seconds(),
+        )
         place = self.exit_layer - 1
         at_exit = f"at exit {self.exit_layer} {losses[place]:.3f}, agreement there {agreement[place]:.1%}"
         self.bar.write(f"step {step}: validation loss {losses[-1]:.3f}, {at_exit}", file=sys.stderr)
@@ -100,14 +108,19 @@ class Report:
         tokens = (step - self.first_step) * self.tokens_per_step
         self.write(
             step,
-            val_loss=result.losses.tolist(),
-            agreement=result.agreement.tolist(),
+            val_loss=without_nan(result.losses),
+            agreement=without_nan(result.agreement),
             val_tokens=result.tokens,
             seconds=seconds,
             tokens_per_second=tokens / max(seconds, 1e-9),
             tokens_seen=step * self.tokens_per_step,
             training_tokens=training_tokens,
         )
+
+
+def without_nan(values: Tensor) -> list[float | None]:
+    """The values as JSON has them, with null for NaN."""
+    return [None if math.isnan(value) else value for value in values.tolist()]
 
 
 def read_log(path: Path) -> list[Line]:
@@ -158,4 +171,5 @@ def print_table(path: Path, result: Evaluation) -> None:
     print(f"{path}: validation on {result.tokens} tokens of held-out text")
     print("exit   loss  agreement with the last layer")
     for number, (loss, share) in enumerate(zip(result.losses, result.agreement, strict=True), 1):
-        print(f"{number:4d}  {loss:.3f}  {share:.1%}")
+        if not loss.isnan():
+            print(f"{number:4d}  {loss:.3f}  {share:.1%}")

@@ -21,6 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_data_options(parser)
     add_model_options(parser)
     add_recipe_options(parser)
+    add_adapter_options(parser)
     add_optimization_options(parser)
     add_run_options(parser)
 
@@ -32,7 +33,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=filled,
         nargs="+",
-        required=True,
+        default=[],
         help="text files, JSONL and parquet files, folders of these, and datasets of the hub: "
         "hub:OWNER/NAME or hub:OWNER/NAME:CONFIGURATION",
     )
@@ -72,6 +73,12 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         type=filled_path,
         help="folder with a tokenizer (default: the checkpoint's, or a new one is trained)",
+    )
+    add(
+        "--generate",
+        type=whole(2, 10**9),
+        metavar="N",
+        help="instead of --data: let the checkpoint write N texts, sampled at temperature 1",
     )
     add("--vocab_size", type=whole(1, 2**20), default=4096, help="tokens of a new tokenizer (default: %(default)s)")
 
@@ -154,6 +161,26 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_adapter_options(parser: argparse.ArgumentParser) -> None:
+    """Early exits for a model that stays as it is."""
+    about = "Exits of a checkpoint that stays as it is learn to predict what its last layer does."
+    add = parser.add_argument_group("adapters", about).add_argument
+    add("--freeze", action="store_true", help="train adapters only; adapters.pth appears beside the checkpoint")
+    add(
+        "--exits",
+        type=SIZES["n_layer"],
+        nargs="+",
+        metavar="E",
+        help="exits that get an adapter (default: at a quarter, a half and three quarters of the layers)",
+    )
+    add(
+        "--adapter",
+        choices=["norm", "block"],
+        default="block",
+        help="an adapter is a norm, or a block and a norm (default: %(default)s)",
+    )
+
+
 def add_optimization_options(parser: argparse.ArgumentParser) -> None:
     """Steps, batches and the optimizer."""
     add = parser.add_argument_group("optimization").add_argument
@@ -193,7 +220,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
     dtypes = ["bfloat16", "float32"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--out", type=filled_path, required=True, help="checkpoint folder to write")
+    add(
+        "--out",
+        type=filled_path,
+        help="checkpoint folder to write; with --freeze the run's folder (default: adapters, beside the checkpoint)",
+    )
     add("--resume", action="store_true", help="continue the interrupted run in --out, with the same settings")
     add("--save_every", type=whole(), default=500, help="steps between saved states; 0: none (default: %(default)s)")
     add("--eval_every", type=whole(), default=500, help="steps between validations; 0: none (default: %(default)s)")
@@ -221,6 +252,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def check_args(args: argparse.Namespace, world_size: int) -> None:
     """Raise InputError for the first option that doesn't work. world_size: the number of processes."""
+    if bool(args.data) == (args.generate is not None):
+        raise InputError("name texts with --data, or let the checkpoint write them with --generate N")
+    if not args.checkpoint_path:
+        for option in ("freeze", "generate", "layers"):
+            if getattr(args, option):
+                raise InputError(f"--{option}: needs --checkpoint_path")
+    check_adapter_options(args)
     if args.dim % (2 * args.n_head):
         raise InputError(f"--dim {args.dim}: must be an even multiple of --n_head {args.n_head}")
     if args.n_kv_head is not None and args.n_head % args.n_kv_head:
@@ -229,8 +267,6 @@ def check_args(args: argparse.Namespace, world_size: int) -> None:
         raise InputError("--fsdp: needs several processes, which torchrun starts")
     if args.fsdp and args.optimizer == "muon":
         raise InputError("--fsdp: needs --optimizer adamw, as Muon needs whole matrices")
-    if args.layers and not args.checkpoint_path:
-        raise InputError("--layers: needs --checkpoint_path, where the layers come from; for a new model use --n_layer")
     if args.tokenizer:
         Tokenizer.load(args.tokenizer)
     check_device(args.device)
@@ -241,6 +277,19 @@ def check_args(args: argparse.Namespace, world_size: int) -> None:
             f"--accumulate {args.accumulate}: a process's {args.batch_size // world_size} examples of a step can't be "
             "divided into so many equal pieces"
         )
+
+
+def check_adapter_options(args: argparse.Namespace) -> None:
+    """Raise InputError for options that don't go together with --freeze, or not without it."""
+    if not args.freeze:
+        if args.exits:
+            raise InputError("--exits: is for --freeze; other runs train every exit")
+        if not args.out:
+            raise InputError("--out: name the checkpoint folder to write")
+        return
+    for option in ("layers", "fsdp", "tokenizer"):
+        if getattr(args, option):
+            raise InputError(f"--{option}: not with --freeze, which leaves the model as it is")
 
 
 def default_precision(device: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -22,7 +23,6 @@ from torch.optim import Optimizer
 from checkpoint import check_records, read_state, save_tensors
 from command import InputError, blaming
 from files import check_fields, locked, replacing
-from model import Transformer
 from values import OBJECT, list_of, whole
 
 STATE_FILE = "train_state.pth"
@@ -53,7 +53,7 @@ FREE_TO_CHANGE = {
 }
 
 
-def full_state(model: Transformer, optimizers: list[Optimizer], fsdp: bool) -> dict[str, Any]:
+def full_state(model: nn.Module, optimizers: list[Optimizer], fsdp: bool) -> dict[str, Any]:
     """{"model", "optimizers"}: the state dicts as a single process has them.
 
     Under FSDP all processes must call it. Only the first one then gets the state, on the CPU.
@@ -65,7 +65,7 @@ def full_state(model: Transformer, optimizers: list[Optimizer], fsdp: bool) -> d
     return {"model": get_model_state_dict(model, options=options), "optimizers": saved}
 
 
-def load_full_state(state: dict[str, Any], model: Transformer, optimizers: list[Optimizer], fsdp: bool) -> None:
+def load_full_state(state: dict[str, Any], model: nn.Module, optimizers: list[Optimizer], fsdp: bool) -> None:
     """Load what `full_state` returned, in place."""
     pairs = zip(optimizers, state["optimizers"], strict=True)
     if not fsdp:
@@ -85,7 +85,7 @@ class TrainState:
 
     path: Path
     settings: dict[str, str]  # what `fixed_settings` returns
-    model: Transformer
+    model: nn.Module  # what is trained
     optimizers: list[Optimizer]
     steps: int  # of the whole run
     rank: int

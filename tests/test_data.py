@@ -112,7 +112,7 @@ def check(folder, made, tokenizer, fraction=0.3):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_packing(processes, texts, tokenizer, tmp_path):
     folder, made = texts
-    data.pack(sources(folder), tokenizer, tmp_path / "packed", 0.3, processes)
+    data.pack(sources(folder), data.Encoder(tokenizer, processes), tmp_path / "packed", 0.3)
     check(tmp_path / "packed", made, tokenizer)
     assert data.load(tmp_path / "packed", 0.3)[0].dtype == torch.uint16
 
@@ -120,16 +120,33 @@ def test_packing(processes, texts, tokenizer, tmp_path):
 def test_what_is_packed_is_kept_and_what_changed_is_packed_anew(texts, tokenizer, tmp_path, monkeypatch):
     folder, made = texts
     packed = tmp_path / "packed"
-    data.pack(sources(folder), tokenizer, packed, 0.3, 1)
+    data.pack(sources(folder), data.Encoder(tokenizer, 1), packed, 0.3)
     with monkeypatch.context() as patch:
         patch.setattr(data, "pack_rows", lambda *_: pytest.fail("was packed again"))
-        data.pack(sources(folder), tokenizer, packed, 0.3, 1)
+        data.pack(sources(folder), data.Encoder(tokenizer, 1), packed, 0.3)
     made["sub/f07.py"] = "def other(x): return value\n"
     (folder / "sub" / "f07.py").write_text(made["sub/f07.py"])
-    data.pack(sources(folder), tokenizer, packed, 0.3, 1)
+    data.pack(sources(folder), data.Encoder(tokenizer, 1), packed, 0.3)
     check(packed, made, tokenizer)
-    data.pack(sources(folder), tokenizer, packed, 0.5, 1)
+    data.pack(sources(folder), data.Encoder(tokenizer, 1), packed, 0.5)
     check(packed, made, tokenizer, 0.5)
+
+
+def test_a_description_goes_before_the_files_that_it_describes(texts, tokenizer, tmp_path, monkeypatch):
+    """A run that packs anew and fails at once leaves nothing that looks whole."""
+    folder, made = texts
+    packed = tmp_path / "packed"
+    data.pack(sources(folder), data.Encoder(tokenizer, 1), packed, 0.3)
+
+    def fail(*_):
+        raise InputError("fails")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Encoder, "batch", fail)
+        with pytest.raises(InputError, match="fails"):
+            data.pack(sources(folder), data.Encoder(tokenizer, 1), packed, 0.5)
+    data.pack(sources(folder), data.Encoder(tokenizer, 1), packed, 0.3)
+    check(packed, made, tokenizer)
 
 
 def test_killed_while_packing(texts, tokenizer, tmp_path, monkeypatch):
@@ -151,17 +168,17 @@ def test_killed_while_packing(texts, tokenizer, tmp_path, monkeypatch):
 
         def run(packed=packed, dying=dying):
             data.write_json = dying
-            data.pack(sources(folder), tokenizer, packed, 0.3, 1)
+            data.pack(sources(folder), data.Encoder(tokenizer, 1), packed, 0.3)
 
         end(*fork(run))
-        data.pack(sources(folder), tokenizer, packed, 0.3, 1)
+        data.pack(sources(folder), data.Encoder(tokenizer, 1), packed, 0.3)
         check(packed, made, tokenizer)
 
 
 def test_a_single_text_is_cut_in_two(tokenizer, tmp_path):
     text = "def f(x): return x + value\n" * 200
     (tmp_path / "one.py").write_text(text)
-    data.pack(sources(tmp_path / "one.py"), tokenizer, tmp_path / "packed", 0.25, 1)
+    data.pack(sources(tmp_path / "one.py"), data.Encoder(tokenizer, 1), tmp_path / "packed", 0.25)
     train, val = data.load(tmp_path / "packed", 0.25)
     ids = [*tokenizer.encode(text), tokenizer.eos_id]
     assert [*train.tolist(), *val.tolist()] == ids and len(train) == int(len(ids) * 0.75)

@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -25,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import generate
 import kernels
 import ranks
+from adapters import load_adapters, save_adapters
 from checkpoint import load_model, save_checkpoint
 from command import InputError
 from generate import Decoder, Sampling
@@ -54,8 +56,17 @@ DRAFTED = {  # name: the checkpoint, and how it drafts
     "int8 copy": ("llama3", dict(exit_layer=4, k=3, draft_precision="int8")),
     "int4 copy of an int8 model": ("int8", dict(exit_layer=2, k=2, draft_precision="int4")),
     "n-gram, then self": ("llama3", dict(exit_layer=1, k=2, ngram_k=4)),
+    "adapter": ("llama3", dict(exit_layer=2, k=3)),
+    "int8 copy and adapter": ("llama3", dict(exit_layer=3, k=2, draft_precision="int8")),
 }
 SAMPLED = {"plain": {}, "self-speculative": dict(exit_layer=2, k=3), "draft model": dict(draft_model=True, k=2)}
+
+
+def load_whole(path, **how):
+    """A model with the adapters beside it."""
+    model = load_model(path, **how)
+    load_adapters(path, model)
+    return model
 
 
 def tokens(n):
@@ -139,7 +150,7 @@ def worker(folder):
     shard = ranks.start()
 
     def load(name, **how):
-        return load_model(folder / name / "model.pth", shard=shard, **how)
+        return load_whole(folder / name / "model.pth", shard=shard, **how)
 
     found = everything(load, [*SHAPES, "int8", "int4"])
     model = load("llama3")
@@ -174,6 +185,7 @@ if __name__ == "__main__":
 
 # The processes above need no transformers.
 from conftest import call, make_hf_model, torchrun, write_tokenizer  # noqa: E402
+from test_adapters import adapted  # noqa: E402
 from test_generate import chi_square, reference_distribution, tiny_model  # noqa: E402
 
 
@@ -186,7 +198,9 @@ def folder(tmp_path_factory, checkpoint):
 
     folder = tmp_path_factory.mktemp("tp")
     for name in SHAPES[:4]:
-        (folder / name).symlink_to(checkpoint(name).parent)
+        shutil.copytree(checkpoint(name).parent, folder / name)
+    model = adapted(load_model(folder / "llama3" / "model.pth"), exits=(2, 3))
+    save_adapters(folder / "llama3" / "adapters.pth", model.adapters, "a test", torch.float32)
     # 11 groups of 32: on 4 processes 2, 3, 3 and 3 of them. The float width of 98 is 24, 25, 24 and 25.
     for name, how in {
         "uneven": dict(shape="codellama", intermediate_size=98),
@@ -213,7 +227,7 @@ def folder(tmp_path_factory, checkpoint):
 
 @pytest.fixture(scope="module")
 def one(folder):
-    return everything(lambda name: load_model(folder / name / "model.pth"), [*SHAPES, "int8", "int4"])
+    return everything(lambda name: load_whole(folder / name / "model.pth"), [*SHAPES, "int8", "int4"])
 
 
 @pytest.fixture(scope="module", params=WORLDS)

@@ -1,0 +1,435 @@
+"""Exit adapters: the text stays the model's, and so do the cache rows; their files; and how they are trained."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import freeze
+import generate
+import own_text
+import quantize
+import recipe
+import train
+import tune
+from adapters import adapters_path, load_adapters, save_adapters
+from checkpoint import load_model, save_checkpoint
+from command import InputError
+from conftest import FAMILY, call, write_tokenizer
+from drafters import SelfDrafter, make_drafter
+from generate import Decoder, Sampling
+from model import ExitAdapter
+from test_drafters import repeating_model
+from test_generate import PROMPT, chi_square, reference_distribution, run, tiny_model
+from test_train import interrupt_after
+
+SETTINGS = {
+    "self": dict(exit_layer=2, k=3),
+    "self, fifteen drafts": dict(exit_layer=1, k=15),
+    "int8": dict(exit_layer=2, k=4, draft_precision="int8"),
+    "int4": dict(exit_layer=1, k=2, draft_precision="int4"),
+    "n-gram, then self": dict(exit_layer=2, k=3, ngram_k=5),
+    "n-gram, then int8": dict(exit_layer=1, k=6, draft_precision="int8", ngram_k=4),
+}
+
+
+def adapted(model, block=True, exits=(1, 2), seed=3):
+    """The model, with random adapters that change the drafts but leave them right now and then."""
+    generator = torch.Generator().manual_seed(seed)
+    for number in exits:
+        adapter = ExitAdapter(model.config, block)
+        for weight in adapter.parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.data = 1 + 0.3 * noise if weight.dim() == 1 else 0.08 * noise
+        model.adapters[number] = adapter.to(model.norm.weight.dtype).eval().requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("block", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_greedy_text_and_cache_rows_are_those_of_plain_decoding(name, block, dtype):
+    plain, ours = repeating_model(dtype=dtype), adapted(repeating_model(dtype=dtype), block)
+    text, _ = run(plain, 70)
+    found, stats = run(ours, 70, **SETTINGS[name])
+    assert found == text and len(set(text)) > 5 and sum(stats.accept_counts[1:]) > 0
+    rows = len(PROMPT) + len(text) - 1  # the last token has none yet
+    for a, b in zip(plain.layers, ours.layers, strict=True):
+        for cache in ("k_cache", "v_cache"):
+            wanted, own = (getattr(layer.attention, cache)[:, :, :rows] for layer in (a, b))
+            assert torch.equal(wanted, own)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_adapters_cache_rows_are_those_of_the_text(name):
+    """For every position, whoever drafted the round; a copy of the block writes them for the model's own states."""
+    settings = SETTINGS[name]
+    ours, alone = adapted(repeating_model()), adapted(repeating_model())
+    text, _ = run(ours, 70, **settings)
+    ids = torch.tensor([[*PROMPT, *text[:-1]]])
+    drafter = make_drafter(alone, **settings)
+    drafter = getattr(drafter, "otherwise", drafter)
+    for model in drafter.models:
+        model.setup_caches(ids.shape[1])
+    drafter.fill(ids, None)
+    number = settings["exit_layer"]
+    for cache in ("k_cache", "v_cache"):
+        a, b = (getattr(m.adapters[number].layers[0].attention, cache)[:, :, : ids.shape[1]] for m in (ours, alone))
+        torch.testing.assert_close(a, b)
+
+
+def test_drafts_come_through_the_adapter():
+    """The drafts are those that the definition gives: block and norm behind the first layers, in float64."""
+    model = adapted(tiny_model())
+    drafter = make_drafter(model, exit_layer=2, k=3, draft_head="full")
+    decoder = Decoder(model, drafter=drafter)
+    with torch.inference_mode():
+        x, start = drafter.fill(torch.tensor([PROMPT]), None)
+        token = model.logits(model(x, None, start))[:, -1:].argmax(-1)
+        tokens, _, _ = drafter.draft(decoder.pieces[drafter][0], token, torch.tensor([len(PROMPT)]), None)
+        drafted = tokens[0].tolist()
+    exact = adapted(tiny_model()).double()
+    adapter = exact.adapters[2].double()
+    ids = [*PROMPT, drafted[0]]
+    for token in drafted[1:]:
+        x = exact(torch.tensor([ids]), None, 0, 2)
+        x = exact.run(adapter.layers, x, None)
+        assert exact.head(adapter.norm(x))[0, -1].argmax().item() == token
+        ids.append(token)
+
+
+@pytest.mark.parametrize("shape", FAMILY)
+def test_greedy_text_is_that_of_transformers(shape, hf_folder, checkpoint):
+    _, theirs = hf_folder(shape)
+    prompt = torch.tensor([PROMPT * 2])
+    how = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False, pad_token_id=0)
+    expected = theirs.generate(prompt, **how)[0, prompt.shape[1] :].tolist()
+    for block in (False, True):
+        model = adapted(load_model(checkpoint(shape)), block)
+        for settings in SETTINGS.values():
+            assert run(model, 40, prompt[0].tolist(), model.config.eos_ids, **settings)[0] == expected
+
+
+@pytest.mark.parametrize("options", [["--mode", "int8"], ["--mode", "int4", "--groupsize", 32]])
+def test_of_a_quantized_model(options, checkpoint, tmp_path):
+    """The block is rounded as the model is."""
+    shutil.copytree(checkpoint("llama2").parent, tmp_path / "copy")
+    result = call(quantize.main, "--checkpoint_path", tmp_path / "copy" / "model.pth", *options)
+    assert result.returncode == 0, result.stderr
+    (path,) = (tmp_path / "copy").glob("model_int*.pth")
+    model = adapted(load_model(path))
+    plain, _ = run(model, 60)
+    assert run(model, 60, exit_layer=2, k=3)[0] == plain
+    drafter = make_drafter(model, exit_layer=2)
+    assert drafter.block[0].ffn.w2.scale is not None and model.adapters[2].layers[0].ffn.w2.scale is None
+
+
+def test_trusting_the_adapters_hidden_states_is_noticed(monkeypatch):
+    """What the tests above look for: verification that goes on from what came out of the adapter's block."""
+    model = adapted(tiny_model())
+    plain, _ = run(model, 70)
+
+    def wrong(self, tokens, states, pos):
+        last = self.target.run(self.layers, tokens[:, -1:], pos + self.k)
+        return torch.cat((*states, last), dim=1), self.exit_layer
+
+    monkeypatch.setattr(SelfDrafter, "verify_from", wrong)
+    assert run(model, 70, exit_layer=2, k=3)[0] != plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["self", "n-gram, then int8"])
+def test_sampled_tokens_have_the_models_distribution(name):
+    sampling, prompt = Sampling(1.2, top_k=8), [3, 4, 3]
+    decoder = Decoder(adapted(tiny_model(vocab=12)), sampling=sampling, seed=0, rows=12, **SETTINGS[name])
+    counts = torch.zeros(12, 12, dtype=torch.long)
+    for _ in range(2000):
+        counts[tuple(list(decoder.generate(prompt, 3))[1:])] += 1
+    exact = tiny_model(vocab=12).double()
+
+    def row(ids):
+        return reference_distribution(exact.logits(exact(torch.tensor([ids])))[0, -1], 1.2, 8, 1.0).double()
+
+    joint = torch.zeros(12, 12, dtype=torch.float64)
+    for a, pa in enumerate(row(prompt)):
+        for b, pb in enumerate(row(prompt + [a])):
+            joint[b] += pa * pb * row(prompt + [a, b])
+    assert chi_square(counts.flatten(), joint.flatten()) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("traced")
+def test_compiled_is_eager():
+    model = adapted(repeating_model())
+    eager, stats = run(model, 60, **SETTINGS["n-gram, then self"])
+    compiled, same = run(model, 60, compile=True, compile_prefill=True, **SETTINGS["n-gram, then self"])
+    assert compiled == eager and same.rounds == stats.rounds
+
+
+def test_acceptance_is_predicted_through_the_adapter():
+    """From a text the tuner tells what decoding will count, at exits with and without adapters."""
+    model = adapted(repeating_model(), exits=[2])
+    text = list(Decoder(model, rows=90).generate(PROMPT, 64))
+    decoder = Decoder(model, exit_layer=3, k=4, rows=90)
+    chances = tune.exit_chances(decoder, PROMPT, text, [1, 2, 3])
+    assert chances[2] != tune.exit_chances(Decoder(repeating_model(), exit_layer=3, k=4), PROMPT, text, [2])[2]
+    for number in (1, 2, 3):
+        stats = run(model, 60, exit_layer=number, k=4)[1]
+        assert tune.expected_counts(chances[number], 4, 60) == stats.accept_counts
+
+
+# Files.
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint with adapters, and the model with them."""
+    model = adapted(tiny_model(vocab=300))
+    save_checkpoint(tmp_path / "model.pth", dict(model.state_dict()), model.config)
+    write_tokenizer(tmp_path)
+    save_adapters(adapters_path(tmp_path / "model.pth"), model.adapters, "a test", torch.float32)
+    return tmp_path, model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_saved_is_loaded(dtype, folder):
+    path, wanted = folder
+    model = load_model(path / "model.pth", dtype=dtype)
+    load_adapters(path / "model.pth", model)
+    assert list(model.adapters) == [1, 2]
+    for number, adapter in model.adapters.items():
+        for name, tensor in adapter.state_dict().items():
+            assert torch.equal(tensor, wanted.adapters[number].state_dict()[name].to(dtype))
+    assert json.loads((path / "adapters.json").read_text())["exits"] == [1, 2]
+    assert model.state_dict().keys() == tiny_model().state_dict().keys()  # no part of the checkpoint
+
+
+def test_wrong_files_are_one_line(folder, tmp_path):
+    path, wanted = folder
+    model = load_model(path / "model.pth")
+    whole = (path / "adapters.pth").read_bytes()
+    flipped = bytearray(whole)
+    flipped[whole.index(wanted.adapters[1].norm.weight.numpy().tobytes())] ^= 1
+    (path / "adapters.pth").write_bytes(flipped)
+    with pytest.raises(InputError, match="adapters.pth: damaged"):
+        load_adapters(path / "model.pth", model)
+    (path / "adapters.pth").write_bytes(whole)
+    shallow = tiny_model(n_layer=2, vocab=300)
+    with pytest.raises(InputError, match=r"adapters.pth: has an adapter for exit 2, but the model has 2 layers"):
+        load_adapters(path / "model.pth", shallow)
+    description = json.loads((path / "adapters.json").read_text())
+    (path / "adapters.json").write_text(json.dumps({**description, "block": False}))
+    with pytest.raises(InputError, match="adapters.pth: tensor 1.layers.0.attention.wo.weight is not part"):
+        load_adapters(path / "model.pth", model)
+    (path / "adapters.json").write_text(json.dumps({**description, "exits": ["2"]}))
+    with pytest.raises(InputError, match="adapters.json: exits is"):
+        load_adapters(path / "model.pth", model)
+
+
+def test_the_command_uses_what_lies_beside_the_checkpoint(folder):
+    path, _ = folder
+    options = ["--checkpoint_path", path / "model.pth", "--temperature", 0, "--num_samples", 1, "--device", "cpu"]
+    options += ["--max_new_tokens", 20, "--prompt", "ab"]
+    plain = call(generate.main, *options)
+    drafted = call(generate.main, *options, "--self_speculative", "--json", path / "result.json")
+    assert plain.returncode == drafted.returncode == 0, drafted.stderr
+    assert plain.stdout.split("Time")[0] == drafted.stdout.split("Time")[0]
+    assert json.loads((path / "result.json").read_text())["settings"]["exit_layer"] == 1  # the lowest with an adapter
+
+
+# Training.
+
+
+def make_objective(block, temperature=1.0):
+    torch.manual_seed(0)
+    model = tiny_model().double()
+    adapters = adapted(model, block).adapters
+    objective = freeze.AdapterLoss(model, adapters, temperature)
+    for weight in objective.trained.parameters():
+        weight.requires_grad_(True)
+    return objective
+
+
+@pytest.mark.parametrize("block", [False, True])
+@pytest.mark.parametrize("logits", [1 << 25, 640])
+def test_the_objective_by_hand(block, logits, monkeypatch):
+    """Divergence, cross entropies and gradients in float64, whole and in pieces, against the definition."""
+    monkeypatch.setattr(recipe, "LOGITS", logits)
+    objective = make_objective(block, temperature=2.0)
+    model = objective.model
+    tokens, targets = torch.randint(0, 64, (2, 3, 11))
+    loss, losses = objective(tokens, targets)
+    found = torch.autograd.grad(loss, list(objective.trained.parameters()))
+    teacher = (model.logits(model(tokens)) / 2).softmax(-1)
+    total = 0
+    for number, adapter in model.adapters.items():
+        x = model(tokens, None, 0, number)
+        for layer in adapter.layers:
+            x = layer(x, *model.positions(11, None))
+        logits = model.head(adapter.norm(x))
+        student = (logits / 2).softmax(-1)
+        total += 4 * (teacher * (teacher.log() - student.log())).sum(-1).mean() / 2
+        entropy = -logits.log_softmax(-1).gather(2, targets[..., None]).mean()
+        assert losses[number - 1].item() == pytest.approx(entropy.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+    assert losses.isnan().tolist() == [False, False, True, True]
+    for a, b in zip(found, torch.autograd.grad(total, list(objective.trained.parameters())), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)
+
+
+def test_validation_is_through_the_adapters():
+    """And of their exits and the last layer alone."""
+    objective = make_objective(True)
+    model, ids = objective.model, torch.randint(0, 64, (61,))
+    context = torch.no_grad()
+    result = recipe.evaluate(objective, ids, 20, 2, 60, context, torch.device("cpu"))
+    assert result.losses.isnan().tolist() == [False, False, True, False]
+    batch = ids[:60].view(3, 20)
+    with torch.no_grad():
+        x = model.run(model.adapters[1].layers, model(batch, None, 0, 1), None)
+        logits = model.head(model.adapters[1].norm(x))
+        agreement = (logits.argmax(-1) == model.logits(model(batch)).argmax(-1)).double().mean()
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[1:])
+    assert result.losses[0].item() == pytest.approx(loss.item()) and result.agreement[3] == 1
+    assert result.agreement[0].item() == pytest.approx(agreement.item())
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A checkpoint whose first layers alone predict badly, and a text for it."""
+    torch.manual_seed(0)
+    model = tiny_model(vocab=300, late=1.0)
+    folder = tmp_path / "base"
+    folder.mkdir()
+    save_checkpoint(folder / "model.pth", dict(model.state_dict()), model.config)
+    write_tokenizer(folder)
+    (tmp_path / "text.txt").write_text("".join(f"def f{n}(x): return x * {n} + value\n" for n in range(150)))
+    return folder / "model.pth"
+
+
+OPTIONS = ["--freeze", "--context", "32", "--batch_size", "4", "--device", "cpu", "--precision", "float32"]
+OPTIONS += ["--save_precision", "float32", "--eval_every", "0", "--warmup", "2", "--workers", "1"]
+
+
+def fit(path, *args):
+    return train.train(train.parse_args(["--checkpoint_path", str(path), *OPTIONS, *map(str, args)]))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["norm", "block"])
+def test_adapters_learn_and_the_base_stays(kind, base, tmp_path, capsys):
+    before = contents(base.parent)
+    losses = fit(base, "--data", tmp_path / "text.txt", "--adapter", kind, "--exits", 1, 3, "--steps", 30, "--lr", 0.01)
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    after = contents(base.parent)
+    assert {name: after.pop(name) for name in before} == before and set(after) == {"adapters.pth", "adapters.json"}
+    model, _ = generate.load(base, "cpu", "float32")
+    assert list(model.adapters) == [1, 3] and len(model.adapters[1].layers) == (kind == "block")
+    plain = run(model, 40)[0]
+    assert run(model, 40, exit_layer=1, k=3)[0] == plain
+    table = capsys.readouterr().out
+    assert "adapters.pth: validation on" in table and "\n   3  " in table and "\n   2  " not in table
+    with pytest.raises(InputError, match="adapters.pth: exists already"):
+        fit(base, "--data", tmp_path / "text.txt", "--steps", 1)
+
+
+def test_an_interrupted_run_resumes_exactly(base, tmp_path, monkeypatch):
+    how = ["--generate", 60, "--val_fraction", 0.2, "--steps", 6, "--exits", 2, "--save_every", 2]
+    whole = fit(base, *how)
+    first = contents(base.parent)
+    for name in ("adapters.pth", "adapters.json"):
+        (base.parent / name).unlink()
+    with monkeypatch.context() as patch:
+        interrupt_after(3, patch)
+        with pytest.raises(SystemExit, match="stopped after step 3"):
+            fit(base, *how)
+    assert fit(base, *how, "--resume") == whole[3:]
+    assert contents(base.parent) == first
+
+
+def test_a_base_that_changed_is_noticed(base, tmp_path, monkeypatch):
+    original = train.optimizer_step
+
+    def careless(*args):
+        original(*args)
+        changed[0].norm.weight.data[0] += 1
+
+    changed = []
+    make = train.make_objective
+    monkeypatch.setattr(
+        train, "make_objective", lambda args, model, *rest: changed.append(model) or make(args, model, *rest)
+    )
+    monkeypatch.setattr(train, "optimizer_step", careless)
+    with pytest.raises(InputError, match="model.pth: norm.weight is not what was loaded"):
+        fit(base, "--data", tmp_path / "text.txt", "--steps", 2)
+    assert not adapters_path(base).exists()
+
+
+# The model's own text.
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}<assistant>"
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_own_texts_are_drawn_from_the_model(chat, base):
+    """Token for token by inverse CDF, from whole passes in float64; what the template has stands where it belongs."""
+    if chat:
+        (base.parent / "chat_template.jinja").write_text(TEMPLATE)
+    model, tokenizer = generate.load(base, "cpu", "float32")
+    author = own_text.Author(model, tokenizer, base, 60, seed=5)
+    names = list(own_text.OwnTexts(3).documents())
+    with author:
+        texts = author.batch(names)
+    exact = load_model(base).double()
+    opening, turn = own_text.frame(model, tokenizer, base)
+    random = torch.Generator().manual_seed(5 * 1_000_003)
+    drawn = [torch.rand(3, dtype=torch.float64, generator=random) for _ in range(60 - len(opening))]
+    ends = set(model.config.eos_ids)
+    for row, text in enumerate(texts):
+        assert text[: len(opening)] == opening and len(text) <= 60
+        place, forced = len(opening), []
+        answering = not turn
+        while place < len(text):
+            if not forced:
+                logits = exact.logits(exact(torch.tensor([text[:place]])))[0, -1]
+                token = int((logits.softmax(-1).cumsum(-1) <= drawn[place - len(opening)][row]).sum())
+                if not answering and (token in ends or place >= 30):
+                    answering, forced = True, list(turn)
+                else:
+                    assert text[place] == token
+                    place += 1
+                    assert token not in ends or place == len(text)
+                    continue
+            assert text[place] == forced.pop(0)
+            place += 1
+        assert len(text) == 60 or text[-1] in ends
+    with own_text.Author(model, tokenizer, base, 60, seed=5) as again:
+        assert again.batch(names) == texts
+
+
+@pytest.mark.parametrize(
+    "args,words",
+    [
+        (["--generate", 4, "--context", 3], "--context 3: texts that"),
+        (["--generate", 4, "--data", "x"], "--data, or let the checkpoint write them"),
+        ([], "--data, or let the checkpoint write them"),
+        (["--generate", 4, "--exits", 4], "--exits 4: the model has 4 layers; exits that can be trained: 1 to 3"),
+        (["--generate", 4, "--layers", 1], "--layers: not with --freeze"),
+        (["--generate", 4, "--fsdp"], "--fsdp"),
+    ],
+)
+def test_bad_input(args, words, base):
+    with pytest.raises(InputError) as error:
+        fit(base, *args)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert not adapters_path(base).exists()
+
+
+def test_the_default_exits():
+    assert [freeze.default_exits(n) for n in (2, 3, 4, 16, 30)] == [[1], [1, 2], [1, 2, 3], [4, 8, 12], [7, 15, 22]]
