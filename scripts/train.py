@@ -43,7 +43,7 @@ from recipe import LayerSkipLoss, Schedule, evaluate
 from tokenizer import Tokenizer
 from train_log import Evaluation, Report, print_table
 from train_options import add_options, check_args, default_precision
-from train_state import STATE_FILE, TrainState, fixed_settings, full_state, own_folder
+from train_state import STATE_FILE, TrainState, fixed_settings, own_folder, whole_weights
 
 # Data.
 
@@ -292,8 +292,8 @@ def train_in_folder(args: argparse.Namespace, shard: Shard) -> list[float]:
     schedule = Schedule(args, model.config.n_layer)
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
     settings = fixed_settings(args, len(data.train_ids))
-    train_state = TrainState(args.out / STATE_FILE, settings, model, optimizers, args.steps, shard.rank, args.fsdp)
-    first_step = train_state.load(device) if args.resume else 0
+    train_state = TrainState(args.out / STATE_FILE, settings, model, optimizers, args.steps, shard, args.fsdp)
+    first_step = train_state.load() if args.resume else 0
     parallel = parallelize(objective, args, shard.size)
     autocast = mixed_precision(args.precision, device)
     report = Report(args, model.config, first_step, shard.rank)
@@ -322,13 +322,13 @@ def train_in_folder(args: argparse.Namespace, shard: Shard) -> list[float]:
     if validates:
         seconds = report.seconds()
         result = data.validate(objective, len(data.val_ids), autocast)
-        state_dict = full_state(model, [], args.fsdp)["model"]
+        state_dict = whole_weights(model, args.fsdp)
     if shard.rank == 0:
         report.end(step, result, seconds, len(data.train_ids))
         tokens_seen = step * args.batch_size * args.context
         shutil.rmtree(args.out / "tokens", ignore_errors=True)
         save_model(args.out / "model.pth", state_dict, model.config, args.save_precision, tokens_seen)
-        train_state.path.unlink(missing_ok=True)
+        train_state.delete()
         print_table(args.out / "model.pth", result)
     return history
 
