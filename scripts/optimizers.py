@@ -31,7 +31,7 @@ class Muon(Optimizer):
                 if w.grad is None:
                     continue
                 if not self.state[w]:
-                    self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+                    self.state[w] = empty_state(self, w)
                 average = self.state[w]["momentum_buffer"]
                 average.lerp_(w.grad, 1 - group["momentum"])
                 update = orthogonalize(w.grad.lerp(average, group["momentum"]))
@@ -70,6 +70,13 @@ def make_optimizers(trained: nn.Module, kind: str, lr: float, weight_decay: floa
     if muon:
         optimizers.append(Muon(muon, lr, weight_decay))
     return optimizers
+
+
+def empty_state(optimizer: Optimizer, w: Tensor) -> dict[str, Tensor]:
+    """What one of these optimizers has of a weight when its first gradient comes."""
+    if isinstance(optimizer, Muon):
+        return {"momentum_buffer": torch.zeros_like(w)}
+    return {"step": torch.zeros((), device=w.device), "exp_avg": torch.zeros_like(w), "exp_avg_sq": torch.zeros_like(w)}
 
 
 def optimizer_step(optimizers: list[Optimizer], learning_rate: float) -> None:

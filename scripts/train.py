@@ -47,7 +47,7 @@ from recipe import LayerSkipLoss, Schedule, evaluate
 from tokenizer import Tokenizer
 from train_log import Evaluation, Report, print_table
 from train_options import add_options, check_args, default_precision
-from train_state import STATE_FILE, TrainState, fixed_settings, full_state, own_folder
+from train_state import STATE_FILE, TrainState, fixed_settings, own_folder, whole_weights
 
 # Data.
 
@@ -314,8 +314,8 @@ def train_in_folder(args: argparse.Namespace, shard: Shard) -> list[float]:
     trained = objective.trained
     optimizers = make_optimizers(trained, args.optimizer, args.lr, args.weight_decay)
     settings = fixed_settings(args, len(data.train_ids))
-    train_state = TrainState(args.out / STATE_FILE, settings, trained, optimizers, args.steps, shard.rank, args.fsdp)
-    first_step = train_state.load(device) if args.resume else 0
+    train_state = TrainState(args.out / STATE_FILE, settings, trained, optimizers, args.steps, shard, args.fsdp)
+    first_step = train_state.load() if args.resume else 0
     parallel = parallelize(objective, args, shard.size)
     autocast = mixed_precision(args.precision, device)
     report = Report(args, model.config, first_step, shard.rank)
@@ -344,13 +344,13 @@ def train_in_folder(args: argparse.Namespace, shard: Shard) -> list[float]:
     if validates:
         seconds = report.seconds()
         result = data.validate(objective, len(data.val_ids), autocast)
-        state_dict = full_state(trained, [], args.fsdp)["model"]
+        state_dict = whole_weights(trained, args.fsdp)
     if shard.rank == 0:
         report.end(step, result, seconds, len(data.train_ids))
         path = save_result(args, objective, state_dict)
         if not args.generate:  # that took long, and may be wanted again
             shutil.rmtree(args.out / "tokens", ignore_errors=True)
-        train_state.path.unlink(missing_ok=True)
+        train_state.delete()
         print_table(path, result)
     return history
 

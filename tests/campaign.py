@@ -29,7 +29,8 @@ from processes import command, end, fork, limited
 
 SIGNALS = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, 1), signal.SIGINT: (130, 1)}  # and the codes that they end in
 CHANGING = {
-    "train_state.pth",
+    "train_state.json",
+    "part-1-of-1.safetensors",
     "train_log.jsonl",
     "tokens.json",
     "train.bin",
@@ -86,7 +87,7 @@ class Training:
     def run(self, folder):
         out = folder / "out"
         if not (out / "model.pth").exists():
-            resume = ["--resume"] if (out / "train_state.pth").exists() else []
+            resume = ["--resume"] if (out / train.STATE_FILE).exists() else []
             command(train.main, "--data", folder / "text.py", "--out", out, *TRAIN, *resume)()
 
 

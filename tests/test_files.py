@@ -10,10 +10,13 @@ import stat
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import convert_hf_checkpoint
 import export_hf_checkpoint
@@ -22,10 +25,11 @@ import generate
 import quantize
 import tasks
 import train
+import train_state
 from campaign import campaign
 from checkpoint import load_model
 from command import InputError
-from conftest import ROOT, call
+from conftest import ROOT, call, edit_json
 from processes import command, end, fork, limited
 
 DEMO = ROOT / "checkpoints" / "demo"
@@ -339,7 +343,8 @@ def test_a_full_disk_keeps_the_last_state_of_a_training_run(tmp_path):
     (tmp_path / "text.py").write_text("".join(f"def f{n}(x): return x * {n}\n" for n in range(300)))
     options = ["--data", tmp_path / "text.py", "--out", tmp_path / "out", *TRAIN]
     code, text = limited(command(train.main, *options, "--save_every", "1"), 100_000)
-    assert code == 1 and text.splitlines()[-1].startswith("error: ") and "train_state.pth: can't be written" in text
+    assert code == 1 and text.splitlines()[-1].startswith("error: ") and "can't be written" in text
+    assert "part-1-of-1.safetensors: " in text and not names(tmp_path / "out" / "train_state")
     assert not [name for name in names(tmp_path / "out") if "partial" in name]
 
 
@@ -448,24 +453,119 @@ def test_parameters_are_tensors(checkpoint, tmp_path):
 
 @pytest.fixture(scope="module")
 def unfinished(tmp_path_factory):
-    """(options of a training run, its state after all steps, before the model was written)"""
+    """(options of a training run, the file of its state after all steps, before the model was written)"""
     folder = tmp_path_factory.mktemp("run")
     (folder / "text.py").write_text("".join(f"def f{n}(x): return x * {n}\n" for n in range(300)))
     options = ["--data", folder / "text.py", "--out", folder / "out", *TRAIN]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "save_model", lambda *_: sys.exit(3))
         assert call(train.main, *options).returncode == 3
-    return options, folder / "out" / train.STATE_FILE, torch.load(folder / "out" / train.STATE_FILE, weights_only=True)
+    return options, folder / "out" / train.STATE_FILE
 
 
-@pytest.mark.parametrize("field", ["model", "optimizers", "step", "settings", None])
+@pytest.mark.parametrize("field", ["files", "step", "settings", None])
 @pytest.mark.parametrize("value", [None, [], "x", 5, {}, -1])
 def test_foreign_training_states_are_one_line(field, value, unfinished):
-    options, path, state = unfinished
-    torch.save({**state, field: value} if field else value, path)
+    options, path = unfinished
+    right = path.read_text()
+    path.write_text(json.dumps({**json.loads(right), field: value} if field else value))
     result = call(train.main, *options, "--resume")
+    path.write_text(right)
     assert result.returncode == 1 and result.stderr.startswith("error: --resume: "), result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def rewritten(path, change):
+    """Let the part of a state hold other tensors, with the right checksum. change: of {name: tensor}."""
+    part = next(path.with_name("train_state").glob("step-*/*"))
+    with safe_open(part, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(part)
+    places = json.loads(metadata["DCP_SHARDING_INFO"])
+    change(tensors, places)
+    save_file(tensors, part, {**metadata, "DCP_SHARDING_INFO": json.dumps(places)})
+    edit_json(path, files={part.name: zlib.crc32(part.read_bytes())})
+
+
+SPOILT = {  # what is done to a part, and what is said of it
+    "flipped": (lambda path, part: part.write_bytes(part.read_bytes()[:-1] + b"x"), "damaged"),
+    "short": (lambda path, part: part.write_bytes(part.read_bytes()[:-8]), "damaged"),
+    "gone": (lambda path, part: part.unlink(), "is missing"),
+    "another": (lambda path, part: shutil.copy(part, part.with_name("part-2-of-2.safetensors")), "is not part of it"),
+    "a folder": (lambda path, part: (part.unlink(), part.mkdir()), "can't be read"),
+    "no tensors": (
+        lambda path, part: (part.write_bytes(b"x"), edit_json(path, files={part.name: zlib.crc32(b"x")})),
+        "is not the state of this training run",
+    ),
+    "fewer": (lambda path, part: rewritten(path, lambda t, _: t.pop("model.norm.weight")), "norm.weight is missing"),
+    "more": (
+        lambda path, part: rewritten(
+            path, lambda t, places: (t.update(x=torch.ones(1)), places.update(x=places[NORM]))
+        ),
+        "x is too much",
+    ),
+    "other shapes": (lambda path, part: rewritten(path, lambda t, _: t.update({NORM: torch.ones(3)})), "Size mismatch"),
+    "places": (lambda path, part: rewritten(path, lambda _, places: places.clear()), "is not the state"),
+}
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_spoilt_part_of_a_training_state_is_one_line(what, unfinished):
+    options, path = unfinished
+    folder, kept = path.with_name("train_state"), path.with_name("kept")
+    shutil.copytree(folder, kept)
+    right = path.read_text()
+    spoil, words = SPOILT[what]
+    spoil(path, next(folder.glob("step-*/*")))
+    result = call(train.main, *options, "--resume")
+    shutil.rmtree(folder)
+    kept.rename(folder)
+    path.write_text(right)
+    assert result.returncode == 1 and result.stderr.startswith("error: --resume: "), result.stderr
+    assert words in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+MOMENTS = ["write_part", "sync_folder", "write_json", "delete_others"]
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_kill_while_a_state_is_saved_leaves_a_whole_one(moment, late, tmp_path):
+    """Before and after each of the things that saving does, in the second save; the run then ends as undisturbed."""
+    (tmp_path / "text.py").write_text("".join(f"def f{n}(x): return x * {n}\n" for n in range(300)))
+
+    def work(out, *how):
+        return command(train.main, "--data", tmp_path / "text.py", "--out", out, *TRAIN, "--save_every", 1, *how)
+
+    def killed():
+        owner = train_state.TrainState if moment == "delete_others" else train_state
+        original = getattr(owner, moment)
+
+        def last(*args, **kwargs):
+            second = (tmp_path / "out" / "train_state" / "step-2").exists()
+            if second and not late:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = original(*args, **kwargs)
+            if second:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(owner, moment, last)
+        work(tmp_path / "out")()
+
+    assert end(*fork(killed))[0] == -signal.SIGKILL
+    step = json.loads((tmp_path / "out" / train.STATE_FILE).read_text())["step"]
+    assert step == (2 if (moment, late) in COMMITTED else 1)
+    for name, how in (("out", ["--resume"]), ("whole", [])):
+        code, text = end(*fork(work(tmp_path / name, *how)))
+        assert code == 0, text
+    assert not list((tmp_path / "out").glob("train_state*"))
+    a, b = (load_model(tmp_path / name / "model.pth").state_dict() for name in ("out", "whole"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+COMMITTED = {("write_json", True), ("delete_others", False), ("delete_others", True)}
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import shutil
 import signal
 from operator import itemgetter
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import first_model
 import optimizers
@@ -159,7 +161,7 @@ def test_a_tiny_run_learns_and_its_checkpoint_loads(optimizer, data, tmp_path, c
     batch = torch.stack([ids[s : s + 33] for s in torch.linspace(0, len(ids) - 33, count).long().tolist()]).long()
     logp = model.double().logits(model(batch[:, :-1])).log_softmax(-1)
     assert -logp.gather(2, batch[:, 1:, None]).mean().item() == pytest.approx(record["val_loss"][-1], rel=1e-4)
-    assert not (tmp_path / "out" / "train_state.pth").exists()
+    assert not list((tmp_path / "out").glob("train_state*"))
     assert "agreement" in capsys.readouterr().out
 
 
@@ -274,9 +276,9 @@ def test_training_continues_a_converted_checkpoint(checkpoint, data, tmp_path):
     assert load_model(tmp_path / "out" / "model.pth").config.rope_scaling
 
 
-def train_by_two(data, out, *args, script=ROOT / "scripts" / "train.py"):
+def train_by_two(data, out, *args, script=ROOT / "scripts" / "train.py", processes=2):
     """(torchrun's exit code, its stderr)."""
-    process = torchrun(2, script, "--data", data, "--include", "*.py", "--out", out, *TINY, *args)
+    process = torchrun(processes, script, "--data", data, "--include", "*.py", "--out", out, *TINY, *args)
     _, errors = process.communicate(timeout=300)
     return process.returncode, errors
 
@@ -327,21 +329,78 @@ train.run_command(lambda: train.train(train.parse_args()), watch=False)
 
 @pytest.mark.slow
 def test_an_interrupted_run_of_two_processes_resumes_exactly(data, tmp_path):
-    """With FSDP; the state is that of the whole model."""
+    """With FSDP; each process has written its part of the state."""
     script = tmp_path / "interrupted.py"
     script.write_text(INTERRUPTED)
     how = ("--steps", "6", "--max_dropout", "0.3", "--fsdp")
     assert train_by_two(data, tmp_path / "whole", *how)[0] == 0
     code, errors = train_by_two(data, tmp_path / "parts", *how, script=script)
     assert code and errors.count("stopped after step 3") == 1
-    state = torch.load(tmp_path / "parts" / "train_state.pth", weights_only=True)["model"]
-    assert state["embed.weight"].shape[1] == 32 and type(state["embed.weight"]) is torch.Tensor
+    first, second = (load_file(part) for part in sorted((tmp_path / "parts" / "train_state" / "step-3").iterdir()))
+    rows = [part["model.embed.weight"].shape[0] for part in (first, second)]
+    assert min(rows) > 0 and sum(rows) == load_model(tmp_path / "whole" / "model.pth").config.vocab_size
+    assert len(first.keys() ^ second.keys()) == len([name for name in first | second if name.endswith(".step")])
     code, errors = train_by_two(data, tmp_path / "parts", *how, "--resume")
     assert code == 0, errors
     a, b = (load_model(tmp_path / name / "model.pth").state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     alone = call(train.main, "--data", data, "--out", tmp_path / "none", *TINY, "--fsdp")
     assert alone.returncode == 1 and alone.stderr.count("\n") == 1 and "--fsdp" in alone.stderr
+
+
+KILLED = """
+import os, signal
+import train, train_state
+write_part = train_state.write_part
+def killed(path, pieces):
+    if path.parent.name == "step-4":
+        if os.environ["RANK"] == "0":
+            write_part(path, pieces)
+        else:
+            path.write_bytes(b"half of it")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write_part(path, pieces)
+train_state.write_part = killed
+train.run_command(lambda: train.train(train.parse_args()), watch=False)
+"""
+
+
+def logged(out):
+    """Of the steps behind the second: [norm of the gradient], and of the validations [[each exit's loss]]."""
+    lines = [line for line in read_log(out / "train_log.jsonl") if line["step"] > 2]
+    norms = [line["gradient_norm"] for line in lines if "gradient_norm" in line]
+    return norms, [line["val_loss"] for line in lines if "val_loss" in line]
+
+
+@pytest.mark.slow
+def test_one_and_four_processes_resume_what_two_saved(data, tmp_path):
+    """Two are killed while they save. What they had saved before goes on in another number of processes as it would
+    have in one all along; and a damaged part is one line, whichever process finds it.
+    """
+    how = ("--steps", "7", "--max_dropout", "0.3", "--save_every", "2", "--log_every", "1", "--eval_every", "1")
+    run(data, tmp_path / "whole", *how)
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    code, errors = train_by_two(data, tmp_path / "two", *how, "--fsdp", script=script)
+    folder = tmp_path / "two" / "train_state"
+    assert code and {path.name for path in folder.iterdir()} == {"step-2", "step-4"}, errors
+    for name in ("one", "four"):
+        shutil.copytree(tmp_path / "two", tmp_path / name)
+    run(data, tmp_path / "one", *how, "--resume")
+    code, errors = train_by_two(data, tmp_path / "four", *how, "--fsdp", "--resume", processes=4)
+    assert code == 0, errors
+    norms, losses = logged(tmp_path / "whole")
+    assert len(norms) == 5 and len(losses) == 5
+    for name in ("one", "four"):
+        found_norms, found_losses = logged(tmp_path / name)
+        assert found_norms == pytest.approx(norms, rel=1e-5)
+        torch.testing.assert_close(torch.tensor(found_losses), torch.tensor(losses), rtol=1e-5, atol=0)
+        assert not list((tmp_path / name).glob("train_state*"))
+    part = folder / "step-2" / "part-2-of-2.safetensors"
+    part.write_bytes(part.read_bytes()[:-1] + b"x")
+    code, errors = train_by_two(data, tmp_path / "two", *how, "--fsdp", "--resume")
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert code and lines == [f"error: --resume: {part}: damaged (it has another checksum); start the run anew"]
 
 
 @pytest.mark.parametrize(
