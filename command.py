@@ -9,12 +9,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 import early
-from values import whole
+from values import Number, filled_path, whole
 
 MOST_THREADS = 1024
 DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -87,8 +87,23 @@ def caught_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+class Help(argparse.HelpFormatter):
+    """Help that is short: what an option takes is N for a whole number, X for another one, else PATH or TEXT."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        if isinstance(action.type, Number):
+            return "N" if action.type.read is int else "X"
+        return "PATH" if action.type is filled_path else "TEXT"
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are InputErrors: one line, as of all other bad input."""
+
+    def __init__(self, *, formatter_class: Any = Help, **how: Any) -> None:
+        super().__init__(formatter_class=formatter_class, **how)
 
     def error(self, message: str) -> NoReturn:
         """message: argparse's, such as "argument --steps: 0: must be ..."."""

@@ -17,7 +17,7 @@ from generate import Sampling, draw
 from model import Transformer
 from tokenizer import Tokenizer
 
-TOGETHER = 16  # texts that are written at a time: as many rows as the CPU's kernels take at once
+TOGETHER = {"cpu": 16, "cuda": 256}  # texts that are written at a time: on the CPU as many rows as its kernels take
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for what a user says
 
 
@@ -75,13 +75,12 @@ class Author:
     one begins with BOS. A text ends with EOS, or is `context` tokens long.
     """
 
-    batch_size = TOGETHER
-
     def __init__(self, model: Transformer, tokenizer: Tokenizer, path: Path, context: int, seed: int) -> None:
-        """path: the model's model.pth. The texts depend on the model, the context and the seed alone.
+        """path: the model's model.pth. The texts depend on the model, the context, the seed and the device alone.
 
         Raises InputError if no text can begin, or `context` is too short for one.
         """
+        self.batch_size = TOGETHER[model.embed.weight.device.type]
         self.vocab_size = model.config.vocab_size
         self.model = model
         self.path = path

@@ -1,8 +1,7 @@
-"""Train a Llama with the LayerSkip recipe (Elhoushi et al., arXiv 2404.16710): layer dropout and an early-exit loss.
+"""Train a Llama, new or converted, with the LayerSkip recipe (arXiv 2404.16710): layer dropout and an early-exit loss.
 
-The model is new, or comes from a converted checkpoint. The text comes from files and folders. Training runs on a CPU,
-on a GPU, or on several under torchrun: each then has a copy of the model or, with --fsdp, a part of it. The result is a
-checkpoint folder that generate.py reads, and a table of the loss and the agreement of every exit.
+With --freeze, train early exits beside a model that stays as it is. It runs on a CPU, on a GPU, or on several under
+torchrun. It ends with a table of the loss and the agreement of every exit.
 """
 
 # The options are in train_options.py.
@@ -382,7 +381,10 @@ def save_model(path: Path, state: dict[str, Tensor], config: ModelConfig, note: 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The options as given; `train` checks them."""
-    parser = Parser(description=__doc__)
+    parser = Parser(
+        description=__doc__,
+        usage="train.py (--data PATH... | --generate N) [--checkpoint_path PATH] --out FOLDER [options]",
+    )
     add_options(parser)
     return parser.parse_args(argv)
 

@@ -34,51 +34,50 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         type=filled,
         nargs="+",
         default=[],
-        help="text files, JSONL and parquet files, folders of these, and datasets of the hub: "
-        "hub:OWNER/NAME or hub:OWNER/NAME:CONFIGURATION",
+        help="texts, JSONL, parquet, folders of these, hub:OWNER/NAME[:CONFIGURATION]",
     )
     add(
         "--include",
         type=filled,
         default="*",
-        help="in folders, take the files whose names match this pattern (default: %(default)s)",
+        help="of folders, the files whose names match (default: %(default)s)",
     )
-    add("--exclude", nargs="*", default=[], help="leave out files whose path below the folder matches a pattern")
+    add("--exclude", nargs="*", default=[], help="but not those whose path in it matches")
     add(
         "--column",
         type=filled,
         default="text",
         help="of tables and datasets, where the text is (default: %(default)s)",
     )
-    add("--template", type=filled, help='what makes the text of a row instead, such as "{question}\n{answer}"')
+    add("--template", type=filled, help='makes the text instead: "{question}\n{answer}"')
     add("--split", type=filled, default="train", help="of datasets of the hub (default: %(default)s)")
     add(
         "--packed",
         type=filled_path,
-        help="folder for the texts' token ids, which other runs may use too (default: in --out)",
+        help="folder for token ids, for several runs (default: in --out)",
     )
     add(
         "--workers",
         type=whole(1, 1024),
         default=usable_threads(),
-        help="processes that encode the texts (default: %(default)s)",
+        help="processes that encode (default: %(default)s)",
     )
     add(
         "--val_fraction",
         type=real(1e-4, 0.9),
         default=0.03,
-        help="share of files kept for validation (default: %(default)s)",
+        help="share of texts for validation (default: %(default)s)",
     )
     add(
         "--tokenizer",
         type=filled_path,
-        help="folder with a tokenizer (default: the checkpoint's, or a new one is trained)",
+        help="folder with a tokenizer (default: the checkpoint's, or a new one)",
     )
     add(
         "--generate",
         type=whole(2, 10**9),
         metavar="N",
-        help="instead of --data: let the checkpoint write N texts, sampled at temperature 1",
+        help="train on N texts that the checkpoint writes itself",
     )
     add("--vocab_size", type=whole(1, 2**20), default=4096, help="tokens of a new tokenizer (default: %(default)s)")
 
@@ -86,35 +85,34 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The model: which checkpoint, or how large a new one is."""
     add = parser.add_argument_group("model").add_argument
-    add("--checkpoint_path", type=filled_path, help="model.pth to train further (default: train a new model)")
+    add("--checkpoint_path", type=filled_path, help="model.pth to train further")
     add(
         "--layers",
         type=whole(0, 10_000),
         nargs="+",
         metavar="N",
-        help="build the model from these layers of the checkpoint, in this order; layers count from 1, "
-        "0 is a new layer that at first changes nothing",
+        help="take these layers of it, in this order, from 1 on; 0: a new one, which at first changes nothing",
     )
     add("--n_layer", type=SIZES["n_layer"], default=12, help="layers of a new model (default: %(default)s)")
-    add("--dim", type=SIZES["dim"], default=320, help="width of a new model (default: %(default)s)")
-    add("--n_head", type=SIZES["n_head"], default=5, help="query heads of a new model (default: %(default)s)")
-    add("--n_kv_head", type=SIZES["n_kv_head"], help="key/value heads of a new model (default: as many as --n_head)")
+    add("--dim", type=SIZES["dim"], default=320, help="its width (default: %(default)s)")
+    add("--n_head", type=SIZES["n_head"], default=5, help="its query heads (default: %(default)s)")
+    add("--n_kv_head", type=SIZES["n_kv_head"], help="its key/value heads (default: --n_head)")
     add(
         "--intermediate_size",
         type=SIZES["intermediate_size"],
         default=832,
-        help="a new model's feed-forward width (default: %(default)s)",
+        help="its feed-forward width (default: %(default)s)",
     )
     add(
         "--context",
         type=whole(1, 2**22),
         default=512,
-        help="tokens per example, and a new model's context (default: %(default)s)",
+        help="tokens per example, and a new model's (default: %(default)s)",
     )
     add(
         "--untied",
         action="store_true",
-        help="give a new model an output head of its own (default: the embedding is the head)",
+        help="give it a head that is not the embedding",
     )
 
 
@@ -131,15 +129,14 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--exit_power",
         type=real(-100, 100),
-        help="weight of an early exit: --exit_scale * (layer number)^this; the last has 1 (default: as in the paper)",
+        help="early exits weigh e_scale * layer^X, the last 1 (default: the paper's)",
     )
     add(
         "--distill",
         type=real(0, 1),
         default=0.0,
         metavar="SHARE",
-        help="share of an early exit's loss that goes by the last layer's distribution, not the text "
-        "(default: %(default)s)",
+        help="share of an exit's loss that goes by the last layer, not by the text (default: %(default)s)",
     )
     add(
         "--distill_temperature",
@@ -151,13 +148,13 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         "--curriculum",
         choices=["rotational", "gradual"],
         default="rotational",
-        help="which exits are in the loss at a step (default: %(default)s)",
+        help="which exits are in a step's loss (default: %(default)s)",
     )
     add(
         "--rotation",
         type=whole(1),
         default=4,
-        help="R: rotational takes every R-th exit at a step (default: %(default)s)",
+        help="R: every R-th exit at a step (default: %(default)s)",
     )
 
 
@@ -165,19 +162,19 @@ def add_adapter_options(parser: argparse.ArgumentParser) -> None:
     """Early exits for a model that stays as it is."""
     about = "Exits of a checkpoint that stays as it is learn to predict what its last layer does."
     add = parser.add_argument_group("adapters", about).add_argument
-    add("--freeze", action="store_true", help="train adapters only; adapters.pth appears beside the checkpoint")
+    add("--freeze", action="store_true", help="train adapters.pth, beside the checkpoint")
     add(
         "--exits",
         type=SIZES["n_layer"],
         nargs="+",
         metavar="E",
-        help="exits that get an adapter (default: at a quarter, a half and three quarters of the layers)",
+        help="exits that get an adapter (default: at 1/4, 1/2 and 3/4 of the layers)",
     )
     add(
         "--adapter",
         choices=["norm", "block"],
         default="block",
-        help="an adapter is a norm, or a block and a norm (default: %(default)s)",
+        help="a norm, or a block and a norm (default: %(default)s)",
     )
 
 
@@ -189,27 +186,27 @@ def add_optimization_options(parser: argparse.ArgumentParser) -> None:
         "--batch_size",
         type=whole(1, MOST_BATCH),
         default=8,
-        help="examples per step, over all processes (default: %(default)s)",
+        help="examples of a step, of all processes (default: %(default)s)",
     )
     add(
         "--accumulate",
         type=whole(1, MOST_BATCH),
         default=1,
-        help="compute a process's part of a batch in this many pieces, one after the other (default: %(default)s)",
+        help="pieces of a step, one after the other (default: %(default)s)",
     )
     add(
         "--activation_checkpointing",
         action="store_true",
-        help="keep no layer's activations for the backward pass: less memory, a third more time",
+        help="less memory, a third more time",
     )
     add(
         "--optimizer",
         choices=["adamw", "muon"],
         default="adamw",
-        help="muon is for the layers' matrices only; adamw trains the rest (default: %(default)s)",
+        help="muon: of the layers' matrices (default: %(default)s)",
     )
-    add("--lr", type=POSITIVE, default=2e-3, help="highest learning rate; it ends at a tenth (default: %(default)s)")
-    add("--warmup", type=whole(), default=100, help="steps until the learning rate is highest (default: %(default)s)")
+    add("--lr", type=POSITIVE, default=2e-3, help="highest; it ends at a tenth (default: %(default)s)")
+    add("--warmup", type=whole(), default=100, help="steps until it is highest (default: %(default)s)")
     add("--weight_decay", type=real(), default=0.1, help="weight decay of the matrices (default: %(default)s)")
     add("--grad_clip", type=POSITIVE, default=1.0, help="largest norm of the gradient (default: %(default)s)")
     add("--seed", type=whole(0, 2**40), default=0, help="the same seed gives the same run (default: %(default)s)")
@@ -223,18 +220,16 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--out",
         type=filled_path,
-        help="checkpoint folder to write; with --freeze the run's folder (default: adapters, beside the checkpoint)",
+        help="folder to write (with --freeze: adapters, beside the checkpoint)",
     )
-    add("--resume", action="store_true", help="continue the interrupted run in --out, with the same settings")
+    add("--resume", action="store_true", help="go on with the interrupted run in --out")
     add("--save_every", type=whole(), default=500, help="steps between saved states; 0: none (default: %(default)s)")
     add("--eval_every", type=whole(), default=500, help="steps between validations; 0: none (default: %(default)s)")
-    add(
-        "--eval_tokens", type=whole(1), default=20_000, help="tokens to use in those validations (default: %(default)s)"
-    )
+    add("--eval_tokens", type=whole(1), default=20_000, help="tokens in each (default: %(default)s)")
     add(
         "--exit_layer",
         type=SIZES["n_layer"],
-        help="exit whose loss is shown during the run (default: a quarter of the layers)",
+        help="exit whose loss is shown (default: at 1/4 of the layers)",
     )
     add(
         "--log_every",
@@ -242,12 +237,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         default=10,
         help="steps between lines in train_log.jsonl (default: %(default)s)",
     )
-    add("--tensorboard", action="store_true", help="write the log's numbers for TensorBoard too, to --out/tensorboard")
+    add("--tensorboard", action="store_true", help="write the log to --out/tensorboard too")
     add("--device", default=device, help="such as cpu or cuda (default here: %(default)s)")
-    add("--precision", choices=dtypes, help="of products; weights stay float32 (default: bfloat16 if it is fast)")
+    add("--precision", choices=dtypes, help="of products (default: bfloat16 if the processor has it)")
     add("--save_precision", choices=dtypes, default="bfloat16", help="of model.pth (default: %(default)s)")
     add("--compile", action="store_true", help="compile the layers")
-    add("--fsdp", action="store_true", help="under torchrun: each process holds a part of the model (FSDP2)")
+    add("--fsdp", action="store_true", help="each process holds a part of the model (FSDP2)")
 
 
 def check_args(args: argparse.Namespace, world_size: int) -> None:

@@ -91,7 +91,23 @@ class Training:
             command(train.main, "--data", folder / "text.py", "--out", out, *TRAIN, *resume)()
 
 
-KINDS = {"convert": Conversion, "quantize": Quantization, "export": Export, "train": Training}
+class Adapting(Conversion):
+    """Of a checkpoint that writes its own texts, resumed where it stopped."""
+
+    def run(self, folder):
+        if not (folder / "adapters.json").exists():  # which appears last
+            how = ["--freeze", "--checkpoint_path", folder / "model.pth", "--generate", 40, "--val_fraction", 0.2]
+            resume = ["--resume"] if (folder / "adapters" / train.STATE_FILE).exists() else []
+            command(train.main, *how, *TRAIN, *resume)()
+
+
+KINDS = {
+    "convert": Conversion,
+    "quantize": Quantization,
+    "export": Export,
+    "train": Training,
+    "adapters": Adapting,
+}
 
 
 def contents(folder):

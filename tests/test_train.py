@@ -527,6 +527,14 @@ def test_distillation_by_hand(logits, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
+def test_the_help_fits_on_two_screens(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    out = capsys.readouterr().out
+    assert out.count("\n") <= 100 and out.count("\n\n") >= 7 and "--freeze" in out
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
 def test_out_of_memory_says_what_to_lower(error, data, tmp_path, monkeypatch):
     def fail(*_):
