@@ -39,7 +39,6 @@ class Drafter:
     name = "plain"
     exit_layer: int | None = None
     reads_text = False
-
     models: list[Any]
 
     def __init__(self, target: Transformer, k: int = 0):
@@ -99,6 +98,10 @@ class Drafter:
 
     def bytes_per_round(self) -> int:
         """Bytes of weights that drafting reads in a round, beside the target's own pass over all of its weights."""
+        return 0
+
+    def fill_bytes(self) -> int:
+        """Bytes of weights that `fill` reads, beside the target's own pass."""
         return 0
 
     def extra_bytes(self) -> int:
@@ -166,8 +169,10 @@ class ModelDrafter(Drafter):
         return weight_bytes(*self.layers, self.norm), weight_bytes(self.head)
 
     def bytes_per_round(self) -> int:
-        layers, head = self.step_bytes()
-        return self.k * (layers + head) + layers
+        return self.k * sum(self.step_bytes()) + self.fill_bytes()
+
+    def fill_bytes(self) -> int:
+        return self.step_bytes()[0]
 
     def extra_bytes(self) -> int:
         return 0 if self.head is self.model.head else weight_bytes(self.head)
@@ -240,9 +245,8 @@ class SelfDrafter(ModelDrafter):
         last = self.target(tokens[:, -1:], pos + self.k, 0, self.exit_layer)
         return torch.cat((*states, last), dim=1), self.exit_layer
 
-    def bytes_per_round(self) -> int:
-        """The last position's pass through the first layers reads what the target's own would have read."""
-        return self.k * sum(self.step_bytes()) + weight_bytes(*self.block)
+    def fill_bytes(self) -> int:
+        return weight_bytes(*self.block)  # what the first layers read, the target's own pass would have read
 
     def extra_bytes(self) -> int:
         return super().extra_bytes() + weight_bytes(*self.block)
@@ -355,7 +359,7 @@ class NgramDrafter(Drafter):
         return self.fill(tokens, pos + torch.arange(self.k + 1, device=pos.device))  # the other drafter hears of it
 
     def bytes_per_round(self) -> int:
-        return sum(weight_bytes(*model.layers, model.norm) for model in self.models[1:])
+        return self.otherwise.fill_bytes()
 
     def extra_bytes(self) -> int:
         return self.otherwise.extra_bytes()

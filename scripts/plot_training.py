@@ -12,6 +12,7 @@ if __name__ == "__main__":
 import tasks
 from command import InputError, Parser, run_command
 from files import check_writable
+from model import SIZES
 from train_log import Line, read_log
 from values import filled_path
 
@@ -61,14 +62,41 @@ def draw(runs: dict[str, list[Line]], path: Path) -> None:
     tasks.save_figure(figure, path)
 
 
+def draw_comparison(runs: dict[str, list[Line]], exit_layer: int, path: Path) -> None:
+    """Draw a point for each run at its last validation: agreement at the exit over the loss of the last layer, as a
+    PNG. Raises InputError for a run without one, or without this exit.
+    """
+    plt = tasks.pyplot()
+    figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
+    for name, lines in runs.items():
+        validations = [line for line in lines if "val_loss" in line]
+        if not validations:
+            raise InputError(f"{name}: has no validation yet")
+        last = validations[-1]
+        agreement = [*last["agreement"], *[None] * exit_layer][exit_layer - 1]
+        if agreement is None:
+            raise InputError(f"--compare {exit_layer}: {name} has no such exit")
+        axis.plot(last["val_loss"][-1], agreement, "o")
+        axis.annotate(Path(name).name, (last["val_loss"][-1], agreement), xytext=(5, 3), textcoords="offset points")
+    axis.set(xlabel="loss of the last layer, nats per token", ylabel=f"agreement with it at exit {exit_layer}")
+    axis.margins(x=0.15)
+    tasks.save_figure(figure, path)
+
+
 def main() -> None:
     p = Parser(description=__doc__)
-    p.add_argument("runs", type=filled_path, nargs="+", help="the --out folders of runs, at most four, or their logs")
+    p.add_argument("runs", type=filled_path, nargs="+", help="the --out folders of runs, or their logs")
     p.add_argument(
         "--out", type=filled_path, default=Path("training.png"), help="picture to write (default: %(default)s)"
     )
+    p.add_argument(
+        "--compare",
+        type=SIZES["n_layer"],
+        metavar="E",
+        help="draw one point for each run, at any number of them: agreement at exit E over the loss of the last layer",
+    )
     args = p.parse_args()
-    if len(args.runs) > len(STYLES):
+    if len(args.runs) > len(STYLES) and not args.compare:
         raise InputError(f"{len(args.runs)} runs: at most {len(STYLES)} can be told apart in one picture")
     check_writable("--out", args.out)
     runs = {}
@@ -77,7 +105,10 @@ def main() -> None:
         if not log.exists():
             raise InputError(f"{log}: not found; name the --out of a training run")
         runs[str(run)] = read_log(log)
-    draw(runs, args.out)
+    if args.compare:
+        draw_comparison(runs, args.compare, args.out)
+    else:
+        draw(runs, args.out)
     print(f"wrote {args.out}")
 
 

@@ -209,9 +209,11 @@ def load_data_and_model(args: argparse.Namespace, shard: Shard, device: torch.de
     tokenizer = prepare_tokenizer(args, sources, shard)
     model = base or new_model(args, tokenizer)
     tokenizer.check_model(model.config.vocab_size)
-    encoder: Any = Encoder(tokenizer, args.workers)
+    encoder: Any
     if args.generate:
         encoder = Author(model, tokenizer, args.checkpoint_path, args.context, args.seed)
+    else:
+        encoder = Encoder(tokenizer, args.workers)
     data = load_data(args, sources, encoder, shard, device)
     return data, make_objective(args, model, device, shard.size)
 

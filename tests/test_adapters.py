@@ -14,16 +14,17 @@ import quantize
 import recipe
 import train
 import tune
-from adapters import adapters_path, load_adapters, save_adapters
+from adapters import adapters_path, load_adapters, save_adapters, state_of
 from checkpoint import load_model, save_checkpoint
 from command import InputError
-from conftest import FAMILY, call, write_tokenizer
+from conftest import FAMILY, ROOT, call, torchrun, write_tokenizer
 from drafters import SelfDrafter, make_drafter
 from generate import Decoder, Sampling
 from model import ExitAdapter
 from test_drafters import repeating_model
 from test_generate import PROMPT, chi_square, reference_distribution, run, tiny_model
 from test_train import interrupt_after
+from train_log import read_log
 
 SETTINGS = {
     "self": dict(exit_layer=2, k=3),
@@ -98,6 +99,18 @@ def test_drafts_come_through_the_adapter():
         x = exact.run(adapter.layers, x, None)
         assert exact.head(adapter.norm(x))[0, -1].argmax().item() == token
         ids.append(token)
+
+
+def test_bytes_of_a_round():
+    """K steps through the first layers, the block, the norm and the head's copy; and the block once more."""
+    model = adapted(tiny_model())
+    drafter = make_drafter(model, exit_layer=2, k=3, draft_head="full")
+    layer = sum(weight.nbytes for weight in model.layers[0].parameters())
+    step = 3 * layer + 48 * 4 + 64 * 48 * 4
+    assert drafter.bytes_per_round() == 3 * step + layer and drafter.extra_bytes() == layer
+    copy = make_drafter(model, exit_layer=2, draft_precision="int8", ngram_k=4)
+    rounded = sum(tensor.nbytes for tensor in copy.otherwise.block[0].state_dict().values())
+    assert copy.bytes_per_round() == rounded < layer / 2
 
 
 @pytest.mark.parametrize("shape", FAMILY)
@@ -350,6 +363,48 @@ def test_an_interrupted_run_resumes_exactly(base, tmp_path, monkeypatch):
             fit(base, *how)
     assert fit(base, *how, "--resume") == whole[3:]
     assert contents(base.parent) == first
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(base, tmp_path):
+    """By torchrun over gloo: the same losses, and the same adapters to rounding."""
+    how = ["--data", tmp_path / "text.txt", "--exits", 1, 2, "--steps", 5, "--accumulate", 2]
+    how = [*map(str, how), "--eval_every", "2"]
+    found = []
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        shutil.copytree(base.parent, folder)
+        options = ["--checkpoint_path", str(folder / "model.pth"), *OPTIONS, *how]
+        if name == "one":
+            train.train(train.parse_args(options))
+        else:
+            process = torchrun(2, ROOT / "scripts" / "train.py", *options)
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+        model, _ = generate.load(folder / "model.pth", "cpu", "float32")
+        lines = read_log(folder / "adapters" / "train_log.jsonl")
+        found.append((state_of(model.adapters), [line["val_loss"] for line in lines if "val_loss" in line]))
+    (one, losses), (two, same) = found
+    assert len(losses) == 3 and losses[0][2] is None
+    for a, b in zip(losses, same, strict=True):
+        assert [x for x in a if x] == pytest.approx([x for x in b if x], rel=1e-4)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
+
+
+def test_log_likelihoods_of_an_exit_are_through_its_adapter(base):
+    from harness import Engine
+
+    model, tokenizer = generate.load(base, "cpu", "float32")
+    engine = Engine(adapted(model), tokenizer, 2, None, 4)
+    text = [[5, 9, 3], [17, 60, 33, 25]]
+    ((value, greedy),) = engine._loglikelihood_tokens([(None, *text)], disable_tqdm=True)
+    exact = adapted(load_model(base)).double()
+    adapter = exact.adapters[2].double()
+    x = exact.run(adapter.layers, exact(torch.tensor([[*text[0], *text[1][:-1]]]), None, 0, 2), None)
+    logprobs = exact.head(adapter.norm(x))[0, 2:].log_softmax(-1)
+    assert value == pytest.approx(logprobs[range(4), text[1]].sum().item(), rel=1e-5)
+    assert greedy == (logprobs.argmax(-1).tolist() == text[1])
 
 
 def test_a_base_that_changed_is_noticed(base, tmp_path, monkeypatch):

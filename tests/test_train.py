@@ -496,6 +496,11 @@ def test_the_log_and_its_picture(data, tmp_path, monkeypatch):
     picture = tmp_path / "picture.png"
     result = call(plot_training.main, tmp_path / "whole", path, "--out", picture)
     assert result.returncode == 0 and picture.read_bytes().startswith(b"\x89PNG"), result.stderr
+    picture.unlink()
+    result = call(plot_training.main, *[tmp_path / "whole"] * 5, "--compare", 2, "--out", picture)
+    assert result.returncode == 0 and picture.read_bytes().startswith(b"\x89PNG"), result.stderr
+    result = call(plot_training.main, path, "--compare", 5, "--out", picture)
+    assert result.returncode == 1 and "--compare 5: " in result.stderr and "no such exit" in result.stderr
     result = call(plot_training.main, data, "--out", picture)
     assert result.returncode == 1 and "train_log.jsonl: not found" in result.stderr
 
