@@ -63,9 +63,9 @@ def load_adapters(checkpoint: str | Path, model: Transformer, verify: bool = Tru
     another shape.
     """
     path = adapters_path(checkpoint)
-    if not path.is_file():
-        return
     description = described_by(path)
+    if not description.is_file():  # it appears last
+        return
     fields = read_object(description)
     check_fields(fields, FIELDS, description)
     layers = model.config.n_layer

@@ -214,7 +214,7 @@ def verified(path: Path, description: Path, share: int = 0, shares: int = 1) -> 
         yield
         return
     if wanted != digest(path):
-        raise InputError(f"{path}: not the file that {description.name} describes; convert the checkpoint again")
+        raise InputError(f"{path}: not the file that {description.name} describes; make both anew")
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()[share::shares]
     with ThreadPoolExecutor(CHECKERS) as pool:

@@ -182,8 +182,8 @@ class SelfDrafter(ModelDrafter):
     """The target's own layers [0, exit_layer) and its head. Verification goes on from their hidden states with the
     layers that follow, so that no layer sees a position twice.
 
-    Where the exit has an adapter, drafts come through its norm, and through its block if it has one. The block's cache
-    rows are written anew from the target's own hidden states, from which verification then goes on.
+    Where the exit has an adapter, drafts come through its norm, and through its block if it has one. Verification then
+    runs the first layers anew, and writes the block's cache rows from what comes out.
     """
 
     name = "self"
@@ -249,7 +249,8 @@ class SelfDrafter(ModelDrafter):
         return weight_bytes(*self.block)  # what the first layers read, the target's own pass would have read
 
     def extra_bytes(self) -> int:
-        return super().extra_bytes() + weight_bytes(*self.block)
+        copies = [block for block in self.block if block.ffn.w2.scale is not None]
+        return super().extra_bytes() + weight_bytes(*copies)
 
 
 class QuantizedDrafter(SelfDrafter):

@@ -748,9 +748,14 @@ def find_checkpoint(args: argparse.Namespace, shard: Shard) -> Path:
 
 
 def load(
-    path: str | Path, device: str, precision: str | None, shard: Shard | None = None, verify: bool = True
+    path: str | Path,
+    device: str,
+    precision: str | None,
+    shard: Shard | None = None,
+    verify: bool = True,
+    adapters: bool = True,
 ) -> tuple[Transformer, Tokenizer]:
-    """(model, tokenizer) of a checkpoint file; the model has the adapters that lie beside it.
+    """(model, tokenizer) of a checkpoint file. adapters: the model gets those that lie beside it.
 
     precision None: bfloat16 on CUDA, float32 on the CPU. shard, verify: as in `load_model`.
     """
@@ -759,7 +764,8 @@ def load(
     if precision is None:
         precision = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     model = load_model(path, device, getattr(torch, precision), shard, verify)
-    load_adapters(path, model, verify)
+    if adapters:
+        load_adapters(path, model, verify)
     tokenizer = Tokenizer.load(path.parent)
     tokenizer.check_model(model.config.vocab_size)
     return model, tokenizer
@@ -771,7 +777,9 @@ def load_draft(args: argparse.Namespace, path: Path, tokenizer: Tokenizer, shard
     """
     if not args.draft_checkpoint_path:
         return None
-    model, own = load(args.draft_checkpoint_path, args.device, args.precision, shard, not args.no_verify)
+    model, own = load(
+        args.draft_checkpoint_path, args.device, args.precision, shard, not args.no_verify, adapters=False
+    )
     if not tokenizer.same_as(own):
         option = f"--draft_checkpoint_path {args.draft_checkpoint_path}"
         raise InputError(f"{option}: its tokenizer is not that of {path}: a draft model must share it")
@@ -902,8 +910,8 @@ def add_speculation(p: argparse.ArgumentParser) -> None:
         "--exit_layer",
         type=or_auto(SIZES["n_layer"]),
         metavar="E",
-        help="draft with this many layers (default: the lowest exit that has an adapter; else "
-        "a quarter of them, or with --draft_precision int8 or int4 all); "
+        help="draft with this many layers (default: up to the lowest exit with an adapter, "
+        "else a quarter of them; with --draft_precision int8 or int4: all); "
         "auto: see below",
     )
     add(
@@ -1047,10 +1055,9 @@ def make_decoder(args: argparse.Namespace, model: Transformer, draft_model: Tran
 
 def default_exit(args: argparse.Namespace, model: Transformer) -> int:
     """Where drafting ends if no exit is named."""
-    if model.adapters:
-        return min(model.adapters)
-    copied = args.draft_precision in ("int8", "int4")
-    return model.config.n_layer if copied else model.config.default_exit
+    if args.draft_precision in ("int8", "int4"):
+        return model.config.n_layer
+    return model.default_exit
 
 
 def settle_auto(args: argparse.Namespace, path: Path, model: Transformer, prompt: list[int], shard: Shard) -> None:

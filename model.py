@@ -479,6 +479,11 @@ class Transformer(Cached, nn.Module):
         self.tie()
         self.register_buffer("inv_freq", rope_frequencies(config), persistent=False)  # (C/2,), stays float32
 
+    @property
+    def default_exit(self) -> int:
+        """The exit to draft from where none is named: the lowest with an adapter, else a quarter of the way up."""
+        return min(self.adapters, default=self.config.default_exit)
+
     def tie(self) -> None:
         """Make the head the embedding, where the architecture has it so; quantized, the head is a copy of its own."""
         if not self.config.tied or self.config.quantization:

@@ -26,7 +26,7 @@ from command import InputError
 from drafters import last_exit
 from files import check_fields, locked, read_json, write_json
 from model import SIZES, Transformer
-from values import FLAG, NOTHING, TEXT, one_of, whole
+from values import FLAG, NOTHING, TEXT, list_of, one_of, whole
 
 Decoder = Any  # generate.Decoder; generate.py imports this module
 
@@ -155,11 +155,16 @@ def predict(
         chances = []
         for prompt, text in zip(prompts, texts, strict=True):
             chances.append(exit_chances(drafting[precision], prompt, text, own))
-        costs = time_corners(partial(build, precision), plain, middle, own, timed_ks, rows, repeats)
-        for e, k in itertools.product(own, ks):
-            counts = text_counts(chances, e, k, lengths)
-            time = sum(counts) * interpolate(costs, timed_ks, e, k)  # in plain rounds
-            result[precision, e, k] = plain_rounds / time, counts
+        drafter: Any = drafting[precision].drafter
+        for group in (  # an adapter's block makes a round cost more
+            [e for e in own if not drafter.at(e).block],
+            [e for e in own if drafter.at(e).block],
+        ):
+            costs = time_corners(partial(build, precision), plain, middle, group, timed_ks, rows, repeats)
+            for e, k in itertools.product(group, ks):
+                counts = text_counts(chances, e, k, lengths)
+                time = sum(counts) * interpolate(costs, timed_ks, e, k)  # in plain rounds
+                result[precision, e, k] = plain_rounds / time, counts
     return result
 
 
@@ -180,11 +185,11 @@ def time_corners(
     rows: int,
     repeats: int,
 ) -> dict[int, list[float]]:
-    """{exit: what a round costs with each of timed_ks}, in plain rounds, for the first and the last exit.
+    """{exit: what a round costs with each of timed_ks}, in plain rounds, for the first and the last exit, if any.
 
     build: function (exit, k, rows) -> Decoder.
     """
-    corners = list(itertools.product(sorted({exits[0], exits[-1]}), timed_ks))
+    corners = list(itertools.product(sorted({*exits[:1], *exits[-1:]}), timed_ks))
     costs: dict[int, list[float]] = {}
     for e, k in tqdm(corners, desc="timing", disable=None):
         costs.setdefault(e, []).append(round_cost(build(e, k, rows), plain, prompt, repeats))
@@ -194,7 +199,8 @@ def time_corners(
 def interpolate(costs: dict[int, list[float]], timed_ks: Sequence[int], e: int, k: int) -> float:
     """The cost of a round at (e, k), given that of timed_ks at the first and the last exit.
 
-    Between exits it is linear: layers move from the verification to the K drafting steps. Between timed_ks it is taken
+    Between exits that all have an adapter's block, or all have none, it is linear: layers move from the verification to
+    the K drafting steps. Between timed_ks it is taken
     as linear.
     """
     first, last = min(costs), max(costs)
@@ -251,11 +257,14 @@ FIELDS = {
     "exit_layer": SIZES["n_layer"] | NOTHING,  # nothing: plain decoding
     "k": whole(1, kernels.MAX_ROWS - 1),
     "draft_precision": one_of("same", "int8", "int4") | NOTHING,  # older entries have none
+    "adapters": list_of(SIZES["n_layer"]) | NOTHING,
 }
 
 
 def key(model: Transformer, compile: bool, temperature: float) -> dict[str, Any]:
-    """What a fastest setting holds for: device and how many of them, precision, compiled or not, greedy or not."""
+    """What a fastest setting holds for: device and how many of them, precision, compiled or not, greedy or not, and
+    exits with adapters, if there are any.
+    """
     weight = model.embed.weight
     device = weight.device.type
     if device == "cuda":
@@ -263,7 +272,8 @@ def key(model: Transformer, compile: bool, temperature: float) -> dict[str, Any]
     if model.shard:
         device = f"{model.shard.size} x {device}"
     compiled = compile and kernels.can_compile(weight)
-    return dict(device=device, precision=dtype_name(weight.dtype), compile=compiled, greedy=temperature == 0)
+    found = dict(device=device, precision=dtype_name(weight.dtype), compile=compiled, greedy=temperature == 0)
+    return {**found, "adapters": list(model.adapters)} if model.adapters else found
 
 
 def tuned_path(checkpoint: str | Path) -> Path:
@@ -313,4 +323,4 @@ def options(exit_layer: int | None, k: int, precision: str) -> str:
 
 
 def is_for(entry: dict[str, Any], key: dict[str, Any]) -> bool:
-    return key.items() <= entry.items()
+    return key.items() <= entry.items() and entry.get("adapters") == key.get("adapters")

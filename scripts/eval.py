@@ -173,7 +173,7 @@ def evaluate_tasks(args: argparse.Namespace, model: Transformer, tokenizer: Toke
     """Run --tasks. Write and print their metrics."""
     draft = None
     if args.self_speculative:
-        draft = model.config.default_exit if args.early_exit is None else args.early_exit
+        draft = model.default_exit if args.early_exit is None else args.early_exit
 
     def build(sampling: Sampling, rows: int) -> Decoder:
         how = dict(exit_layer=draft, k=args.speculate_k, compile=args.compile, seed=0)
@@ -282,7 +282,7 @@ def load_reference(args: argparse.Namespace, tokenizer: Tokenizer) -> Transforme
     """The model of --reference, or None. Raises InputError if it has another tokenizer."""
     if not args.reference:
         return None
-    model, other = load(args.reference, args.device, args.precision)
+    model, other = load(args.reference, args.device, args.precision, adapters=False)
     if not tokenizer.same_as(other):
         raise InputError(
             f"--reference {args.reference}: has another tokenizer than {args.checkpoint_path}, "

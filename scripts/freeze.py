@@ -1,5 +1,6 @@
 """Early exits for a model that stays as it is: adapters, trained to predict what the model's last layer does."""
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,10 @@ class Divergences(torch.autograd.Function):
                 gradients[number][piece] = gradient
                 sums[0, number] += divergence
                 sums[1, number] += entropy
+        divergences, entropies = sums
         ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(sums[1])
-        return sums[0], sums[1]
+        ctx.mark_non_differentiable(entropies)
+        return divergences, entropies
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -111,12 +113,19 @@ def default_exits(layers: int) -> list[int]:
     return sorted({max(1, layers * quarter // 4) for quarter in (1, 2, 3)})
 
 
-def check_exits(exits: list[int], layers: int) -> None:
-    """Raise InputError for an exit that a model with so many layers doesn't have, or that is its last layer."""
-    for number in exits:
+def settle_exits(args: argparse.Namespace, layers: int) -> None:
+    """Set --exits where it isn't given, and --exit_layer to the lowest of them. layers: how many the model has.
+
+    Raises InputError for an exit that it doesn't have, or that is its last layer.
+    """
+    args.exits = sorted(set(args.exits or default_exits(layers)))
+    for number in args.exits:
         if not 1 <= number < layers:
             possible = f"1 to {layers - 1}" if layers > 1 else "none"
             raise InputError(f"--exits {number}: the model has {layers} layers; exits that can be trained: {possible}")
+    args.exit_layer = args.exit_layer or args.exits[0]
+    if args.exit_layer not in args.exits:
+        raise InputError(f"--exit_layer {args.exit_layer}: with --freeze it must be one of --exits")
 
 
 def first_adapters(model: Transformer, exits: list[int], block: bool) -> dict[int, ExitAdapter]:

@@ -2,22 +2,23 @@
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
-from checkpoint import DIGEST, described_by
+from checkpoint import DIGEST, described_by, dtype_name
 from command import InputError
-from data import Document
+from data import Document, digest, tokenizer_digest
 from files import read_object
 from generate import Sampling, draw
 from model import Transformer
 from tokenizer import Tokenizer
 
-TOGETHER = {"cpu": 16, "cuda": 256}  # texts that are written at a time: on the CPU as many rows as its kernels take
+TOGETHER = {"cuda": 256}  # texts that are written at a time; elsewhere 16: as many rows as the CPU's kernels take
+MOST_BYTES = 8e9  # of caches
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for what a user says
 
 
@@ -39,14 +40,14 @@ class OwnTexts:
 
 
 @dataclass
-class Draft:
+class Page:
     """A text that is being written."""
 
     ids: list[int]
     coming: list[int]  # what stands next in the text, whatever the model would write
     answering: bool  # whether it is past the user's words
+    ends: frozenset[int]  # EOS
     done: bool = False
-    ends: frozenset[int] = field(default_factory=frozenset)
 
     def add(self, drawn: int, turn: list[int], longest: int) -> int:
         """Take the next token: one that was to come, or the drawn one. Returns it.
@@ -65,6 +66,8 @@ class Draft:
         if not self.done:
             self.ids.append(drawn)
             self.done = drawn in self.ends
+        if not self.answering:  # there are templates in which a user's words don't end with EOS
+            self.answering = self.ids[-len(turn) :] == turn
         return drawn
 
 
@@ -76,13 +79,14 @@ class Author:
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, path: Path, context: int, seed: int) -> None:
-        """path: the model's model.pth. The texts depend on the model, the context, the seed and the device alone.
+        """path: the model's model.pth. The texts depend on what `describe` names and on the device.
 
         Raises InputError if no text can begin, or `context` is too short for one.
         """
-        self.batch_size = TOGETHER[model.embed.weight.device.type]
+        self.batch_size = texts_together(model, min(context, model.config.context))
         self.vocab_size = model.config.vocab_size
         self.model = model
+        self.tokenizer = tokenizer
         self.path = path
         self.context = min(context, model.config.context)
         self.seed = seed
@@ -93,8 +97,15 @@ class Author:
 
     def describe(self) -> dict[str, Any]:
         """What the texts depend on, as JSON has it."""
-        weights = read_object(described_by(self.path)).get(DIGEST)
-        return {"model": weights, "context": self.context, "seed": self.seed}
+        stat = self.path.stat()
+        return {
+            "model": read_object(described_by(self.path)).get(DIGEST) or [stat.st_size, stat.st_mtime_ns],
+            "precision": dtype_name(self.model.embed.weight.dtype),
+            "tokenizer": tokenizer_digest(self.tokenizer.folder),
+            "template": digest((self.tokenizer.template or "").encode()),
+            "context": self.context,
+            "seed": self.seed,
+        }
 
     @torch.inference_mode()
     def batch(self, documents: list[Document]) -> list[list[int]]:
@@ -104,7 +115,7 @@ class Author:
         first = int(documents[0][0].rpartition(" ")[2])
         random = torch.Generator(device).manual_seed(self.seed * 1_000_003 + first)
         ends = frozenset(model.config.eos_ids)
-        drafts = [Draft(list(self.opening), [], not self.turn, ends=ends) for _ in documents]
+        pages = [Page(list(self.opening), [], not self.turn, ends) for _ in documents]
         model.setup_caches(self.context, count)
         tokens = torch.tensor(self.opening, device=device).expand(count, -1)
         hidden = model(tokens, None)
@@ -113,13 +124,13 @@ class Author:
             u = torch.rand(count, dtype=torch.float64, device=device, generator=random)
             drawn = draw(probs, u).tolist()
             chosen = []
-            for draft, token in zip(drafts, drawn, strict=True):
-                chosen.append(draft.add(token, self.turn, self.context // 2))
-            if all(draft.done for draft in drafts):
+            for page, token in zip(pages, drawn, strict=True):
+                chosen.append(page.add(token, self.turn, self.context // 2))
+            if all(page.done for page in pages):
                 break
             tokens = torch.tensor(chosen, device=device)[:, None]
             hidden = model(tokens, torch.tensor([position], device=device))
-        return [draft.ids for draft in drafts]
+        return [page.ids for page in pages]
 
     def __enter__(self) -> "Author":
         return self
@@ -128,16 +139,31 @@ class Author:
         self.model.drop_caches()
 
 
+def texts_together(model: Transformer, context: int) -> int:
+    """How many texts of this length are written at a time."""
+    weight, attention = model.embed.weight, model.layers[0].attention
+    row = 2 * len(model.layers) * attention.kv_heads * attention.head_dim * weight.itemsize
+    count = TOGETHER.get(weight.device.type, 16)
+    while count > 1 and count * context * row > MOST_BYTES:
+        count //= 2
+    return count
+
+
 def frame(model: Transformer, tokenizer: Tokenizer, path: Path) -> tuple[list[int], list[int]]:
     """(ids that a text begins with, ids between a user's words and the answer): those of the chat template.
 
-    Without a template: BOS, or else EOS, and nothing. Raises InputError if there is neither.
+    Where the template has nothing there, and without a template: BOS, or else EOS; and nothing. Raises InputError if
+    there is neither, or the template shows no user's words.
     """
+    opening, turn = [], []
     if tokenizer.template is not None:
-        before, _, behind = tokenizer.render([dict(role="user", content=MARK)]).partition(MARK)
-        return tokenizer.encode(before.rstrip(" "), special=False), tokenizer.encode(behind, special=False)
+        before, mark, behind = tokenizer.render([dict(role="user", content=MARK)]).partition(MARK)
+        if not mark:
+            raise InputError(f"{path.parent}: its chat template doesn't show what a user says; give texts with --data")
+        opening = tokenizer.encode(before.rstrip(" "), special=False)
+        turn = tokenizer.encode(behind, special=False)
     candidates = tokenizer.bos_id, tokenizer.eos_id, *model.config.eos_ids
     known = [token for token in candidates if token is not None]
-    if not known:
+    if not opening and not known:
         raise InputError(f"{path}: has neither BOS nor EOS for a text to begin with; give texts with --data")
-    return known[:1], []
+    return opening or known[:1], turn

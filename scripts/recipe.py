@@ -203,10 +203,22 @@ class LayerSkipLoss(nn.Module):
             x = self.model.run([layer], x, None)
             if number not in self.scored:
                 continue
-            logits = self.model.head(self.model.exit_states(x, number)).float()  # (b, T, V)
-            losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
-            choices.append(logits.argmax(-1))
+            loss, best = self.score(self.model.exit_states(x, number).flatten(0, 1), targets.flatten())
+            losses.append(loss)
+            choices.append(best.view_as(targets))
         return torch.stack(losses), torch.stack(choices)
+
+    def score(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(cross entropy (), summed, most likely tokens (N,)) for states (N, D) as the head takes them, and targets
+        (N,). No more than LOGITS logits exist at a time.
+        """
+        rows = max(1, LOGITS // self.model.config.vocab_size)
+        losses, choices = [], []
+        for part, wanted in zip(states.split(rows), targets.split(rows), strict=True):
+            logits = self.model.head(part).float()  # (n, V)
+            losses.append(F.cross_entropy(logits, wanted, reduction="sum"))
+            choices.append(logits.argmax(-1))
+        return torch.stack(losses).sum(), torch.cat(choices)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
+from adapters import adapters_path
 from checkpoint import described_by, dtype_name
 from command import InputError, Parser, add_threads, check_device, first_line
 from drafters import Drafter, SelfDrafter
@@ -521,14 +522,23 @@ def settings(args: argparse.Namespace, *without: str) -> Row:
     return values
 
 
+def note_file(files: Row, name: str, path: Path) -> None:
+    """Add to `files` what tells a file, if there is one, from what it was before it changed."""
+    if path.is_file():
+        stat = path.stat()
+        files[name] = [stat.st_size, stat.st_mtime_ns]
+
+
 def measured_with(args: argparse.Namespace, *without: str) -> Row:
     """What results depend on: the options, the input files as they are now, and the machine. without: not these."""
-    files = {}
+    files: Row = {}
     for name in ("checkpoint_path", "task"):
         path = getattr(args, name, None)
-        if path and Path(path).is_file():
-            stat = Path(path).stat()
-            files[name] = [stat.st_size, stat.st_mtime_ns]
+        if path:
+            note_file(files, name, Path(path))
+    checkpoint = getattr(args, "checkpoint_path", None)
+    if checkpoint:
+        note_file(files, "adapters", adapters_path(checkpoint))
     if torch.device(args.device).type == "cuda":
         device = torch.cuda.get_device_name(args.device)
     else:

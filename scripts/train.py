@@ -30,15 +30,16 @@ from torch import Tensor, nn
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+import kernels
 from adapters import adapters_path, save_adapters
 from checkpoint import save_checkpoint
 from command import InputError, Parser, caught_signals
 from data import Encoder, Sources, is_held_out, load, pack, window
 from early import is_out_of_memory
-from files import replacing
+from files import check_writable, replacing
 from first_model import load_base, new_model
-from freeze import AdapterLoss, check_exits, check_unchanged, default_exits, first_adapters
-from model import ModelConfig, Transformer
+from freeze import AdapterLoss, check_unchanged, first_adapters, settle_exits
+from model import Block, ModelConfig, Transformer
 from optimizers import make_optimizers, optimizer_step
 from own_text import Author, OwnTexts
 from ranks import Shard, run_command, start
@@ -119,6 +120,7 @@ class Data:
     context: int  # T
     batch_size: int  # B
     rows: slice  # this process's b of the B examples of a step
+    piece: int  # examples that are computed at once
     seed: int
     device: torch.device
 
@@ -132,8 +134,7 @@ class Data:
     def validate(self, objective: LayerSkipLoss, max_tokens: int, autocast: AbstractContextManager) -> Evaluation:
         """Every exit's loss and agreement on at most `max_tokens` of the validation text."""
         objective.model.eval()
-        batch_size = self.rows.stop - self.rows.start
-        result = evaluate(objective, self.val_ids, self.context, batch_size, max_tokens, autocast, self.device)
+        result = evaluate(objective, self.val_ids, self.context, self.piece, max_tokens, autocast, self.device)
         objective.model.train()
         return result
 
@@ -152,7 +153,7 @@ def load_data(args: argparse.Namespace, sources: Any, encoder: Any, shard: Shard
         raise InputError(f"too little text: {found} for --context {args.context}")
     share = args.batch_size // shard.size
     rows = slice(shard.rank * share, (shard.rank + 1) * share)
-    return Data(ids, val_ids, args.context, args.batch_size, rows, args.seed, device)
+    return Data(ids, val_ids, args.context, args.batch_size, rows, share // args.accumulate, args.seed, device)
 
 
 def shard_weights(objective: LayerSkipLoss, device: torch.device, world_size: int) -> None:
@@ -204,8 +205,7 @@ def load_data_and_model(args: argparse.Namespace, shard: Shard, device: torch.de
     if args.checkpoint_path:
         base = load_base(args, device)
     if args.freeze and base:
-        args.exits = sorted(args.exits or default_exits(base.config.n_layer))
-        check_exits(args.exits, base.config.n_layer)
+        settle_exits(args, base.config.n_layer)
     tokenizer = prepare_tokenizer(args, sources, shard)
     model = base or new_model(args, tokenizer)
     tokenizer.check_model(model.config.vocab_size)
@@ -224,7 +224,6 @@ def make_objective(
     """What is minimized, around the model, on the device."""
     if args.freeze:
         adapters = first_adapters(model, args.exits, args.adapter == "block")
-        args.exit_layer = args.exit_layer or args.exits[0]
         return AdapterLoss(model, adapters, args.distill_temperature).to(device)
     objective = LayerSkipLoss(model, args.activation_checkpointing, args.distill, args.distill_temperature)
     if args.fsdp:
@@ -235,8 +234,9 @@ def make_objective(
 def parallelize(objective: LayerSkipLoss, args: argparse.Namespace, world_size: int) -> nn.Module:
     """The module that a step calls: the objective, compiled under --compile, and under DDP in its wrapper."""
     if args.compile:
-        for layer in objective.model.layers:
-            layer.compile()
+        for module in objective.modules():
+            if isinstance(module, Block):
+                module.compile()
     if world_size > 1 and not args.fsdp:
         return nn.parallel.DistributedDataParallel(objective, find_unused_parameters=True)
     return objective
@@ -301,6 +301,8 @@ def train(args: argparse.Namespace) -> list[float]:
         made = adapters_path(args.checkpoint_path)
         if made.exists() and not args.resume:
             raise InputError(f"{made}: exists already; move it and adapters.json away to train others")
+        if shard.rank == 0:
+            check_writable("--freeze", made)
         args.out = args.out or made.with_suffix("")
     with own_folder(args.out, args.resume, shard.rank):
         return train_in_folder(args, shard)
@@ -310,6 +312,27 @@ def train_in_folder(args: argparse.Namespace, shard: Shard) -> list[float]:
     """The run, in the folder that is kept for it. See `train`."""
     device = own_device(args.device, shard)
     data, objective = load_data_and_model(args, shard, device)
+    with plain_products():
+        return run(args, shard, device, data, objective)
+
+
+@contextmanager
+def plain_products() -> Iterator[None]:
+    """Leave products and norms to PyTorch, whether or not decoding's kernels are loaded, which round otherwise: own
+    texts were written with them in this process, or in an earlier one.
+    """
+    before = kernels.enabled
+    kernels.enabled = False
+    try:
+        yield
+    finally:
+        kernels.enabled = before
+
+
+def run(
+    args: argparse.Namespace, shard: Shard, device: torch.device, data: Data, objective: LayerSkipLoss
+) -> list[float]:
+    """All steps from the first, or from the saved state on, and what follows them. See `train`."""
     model = objective.model
     schedule = Schedule(args, model.config.n_layer)
     trained = objective.trained

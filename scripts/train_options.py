@@ -250,7 +250,7 @@ def check_args(args: argparse.Namespace, world_size: int) -> None:
     if bool(args.data) == (args.generate is not None):
         raise InputError("name texts with --data, or let the checkpoint write them with --generate N")
     if not args.checkpoint_path:
-        for option in ("freeze", "generate", "layers"):
+        for option in ("freeze", "layers"):
             if getattr(args, option):
                 raise InputError(f"--{option}: needs --checkpoint_path")
     check_adapter_options(args)
@@ -277,12 +277,13 @@ def check_args(args: argparse.Namespace, world_size: int) -> None:
 def check_adapter_options(args: argparse.Namespace) -> None:
     """Raise InputError for options that don't go together with --freeze, or not without it."""
     if not args.freeze:
-        if args.exits:
-            raise InputError("--exits: is for --freeze; other runs train every exit")
+        for option in ("exits", "generate"):
+            if getattr(args, option):
+                raise InputError(f"--{option}: is for --freeze: give both")
         if not args.out:
             raise InputError("--out: name the checkpoint folder to write")
         return
-    for option in ("layers", "fsdp", "tokenizer"):
+    for option in ("layers", "fsdp", "tokenizer", "activation_checkpointing"):
         if getattr(args, option):
             raise InputError(f"--{option}: not with --freeze, which leaves the model as it is")
 

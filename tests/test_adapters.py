@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -44,7 +46,9 @@ def adapted(model, block=True, exits=(1, 2), seed=3):
         for weight in adapter.parameters():
             noise = torch.randn(weight.shape, generator=generator)
             weight.data = 1 + 0.3 * noise if weight.dim() == 1 else 0.08 * noise
-        model.adapters[number] = adapter.to(model.norm.weight.dtype).eval().requires_grad_(False)
+        model.adapters[number] = (
+            adapter.to(model.norm.weight.device, model.norm.weight.dtype).eval().requires_grad_(False)
+        )
     return model
 
 
@@ -107,10 +111,10 @@ def test_bytes_of_a_round():
     drafter = make_drafter(model, exit_layer=2, k=3, draft_head="full")
     layer = sum(weight.nbytes for weight in model.layers[0].parameters())
     step = 3 * layer + 48 * 4 + 64 * 48 * 4
-    assert drafter.bytes_per_round() == 3 * step + layer and drafter.extra_bytes() == layer
+    assert drafter.bytes_per_round() == 3 * step + layer and drafter.extra_bytes() == 0
     copy = make_drafter(model, exit_layer=2, draft_precision="int8", ngram_k=4)
     rounded = sum(tensor.nbytes for tensor in copy.otherwise.block[0].state_dict().values())
-    assert copy.bytes_per_round() == rounded < layer / 2
+    assert copy.bytes_per_round() == rounded < layer / 2 and copy.extra_bytes() > 3 * rounded
 
 
 @pytest.mark.parametrize("shape", FAMILY)
@@ -407,6 +411,20 @@ def test_log_likelihoods_of_an_exit_are_through_its_adapter(base):
     assert greedy == (logprobs.argmax(-1).tolist() == text[1])
 
 
+def test_a_run_goes_on_in_another_process(base, tmp_path):
+    """One that has written the texts with the engine's kernels, and one that finds them there: the same losses."""
+    how = ["--generate", 60, "--val_fraction", 0.2, "--steps", 6, "--exits", 2, "--log_every", 1]
+    options = ["--checkpoint_path", base, *OPTIONS, *how, "--packed", tmp_path / "packed"]
+    for name in ("first", "second"):
+        command = [sys.executable, ROOT / "scripts" / "train.py", *options, "--out", tmp_path / name]
+        subprocess.run([*map(str, command)], check=True, capture_output=True)
+        for file in ("adapters.pth", "adapters.json"):
+            (base.parent / file).unlink()
+    first, second = (read_log(tmp_path / name / "train_log.jsonl") for name in ("first", "second"))
+    for name in ("exit_loss", "val_loss", "gradient_norm"):
+        assert [line.get(name) for line in first] == [line.get(name) for line in second]
+
+
 def test_a_base_that_changed_is_noticed(base, tmp_path, monkeypatch):
     original = train.optimizer_step
 
@@ -426,6 +444,33 @@ def test_a_base_that_changed_is_noticed(base, tmp_path, monkeypatch):
 
 
 # The model's own text.
+
+
+INSTRUCTIONS = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}][/]{% endif %}{% endfor %}"
+
+
+def test_a_template_whose_turn_is_no_eos(base):
+    """As Llama 2's: when the model itself closes the user's words, it is answering; the turn isn't written again."""
+    (base.parent / "chat_template.jinja").write_text(INSTRUCTIONS)
+    model, tokenizer = generate.load(base, "cpu", "float32")
+    opening, turn = own_text.frame(model, tokenizer, base)
+    page = own_text.Page(list(opening), [], False, frozenset({2}))
+    for token in [9, 8, *turn, 7, 2, 5]:
+        page.add(token, turn, 100)
+    assert page.ids == [*opening, 9, 8, *turn, 7, 2] and page.done
+
+
+@pytest.mark.parametrize(
+    "template,words", [("hello", "doesn't show what a user says"), ("{{ messages[0].content }}!", "")]
+)
+def test_odd_templates(template, words, base):
+    (base.parent / "chat_template.jinja").write_text(template)
+    model, tokenizer = generate.load(base, "cpu", "float32")
+    if words:
+        with pytest.raises(InputError, match=words):
+            own_text.Author(model, tokenizer, base, 40, seed=0)
+    else:
+        assert own_text.Author(model, tokenizer, base, 40, seed=0).opening == [tokenizer.bos_id]
 
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}<assistant>"
@@ -476,7 +521,8 @@ def test_own_texts_are_drawn_from_the_model(chat, base):
         ([], "--data, or let the checkpoint write them"),
         (["--generate", 4, "--exits", 4], "--exits 4: the model has 4 layers; exits that can be trained: 1 to 3"),
         (["--generate", 4, "--layers", 1], "--layers: not with --freeze"),
-        (["--generate", 4, "--fsdp"], "--fsdp"),
+        (["--generate", 4, "--activation_checkpointing"], "--activation_checkpointing: not with --freeze"),
+        (["--generate", 4, "--exits", 2, "--exit_layer", 1], "--exit_layer 1: with --freeze it must be one of --exits"),
     ],
 )
 def test_bad_input(args, words, base):

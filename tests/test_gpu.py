@@ -11,6 +11,7 @@ import kernels
 from checkpoint import load_model
 from generate import Decoder, Sampling
 from kernels import cuda, formats
+from test_adapters import adapted
 from test_kernels import fill, fused_model
 
 HAS_GPU = torch.cuda.is_available()
@@ -103,6 +104,16 @@ def test_graphed_self_speculation_is_graphed_plain_decoding(model, e, k):
     plain = list(Decoder(model, rows=100, compile=True).generate(PROMPT, 60))
     assert list(Decoder(model, exit_layer=e, k=k, rows=100, compile=True).generate(PROMPT, 60)) == plain
     assert list(Decoder(model, exit_layer=e, k=k, rows=100).generate(PROMPT, 60)) == plain  # and without a graph
+
+
+@needs_gpu
+@pytest.mark.parametrize("block", [False, True], ids=["norm", "block"])
+def test_graphed_drafts_through_an_adapter(model, block):
+    plain = list(Decoder(model, rows=100, compile=True).generate(PROMPT, 60))
+    how = dict(exit_layer=2, k=3, rows=100, compile=True)
+    adapted(model, block)
+    assert list(Decoder(model, **how).generate(PROMPT, 60)) == plain
+    assert list(Decoder(model, draft_precision="int8", ngram_k=4, **how).generate(PROMPT, 60)) == plain
 
 
 @needs_gpu
