@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +32,8 @@ SIGNALS = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, 1), signal.SIGINT: (130,
 CHANGING = {
     "train_state.json",
     "part-1-of-1.safetensors",
+    "part-1-of-2.safetensors",
+    "part-2-of-2.safetensors",
     "train_log.jsonl",
     "tokens.json",
     "train.bin",
@@ -91,6 +94,20 @@ class Training:
             command(train.main, "--data", folder / "text.py", "--out", out, *TRAIN, *resume)()
 
 
+class Ranks(Training):
+    """The same by two processes that each have a part of the model."""
+
+    def run(self, folder):
+        out = folder / "out"
+        if not (out / "model.pth").exists():
+            resume = ["--resume"] if (out / train.STATE_FILE).exists() else []
+            options = ["--fsdp", "--data", folder / "text.py", "--out", out, *TRAIN, *resume]
+            process = conftest.torchrun(2, conftest.ROOT / "scripts" / "train.py", *options)
+            _, errors = process.communicate()
+            if process.returncode:
+                sys.exit(errors)
+
+
 class Adapting(Conversion):
     """Of a checkpoint that writes its own texts, resumed where it stopped."""
 
@@ -106,6 +123,7 @@ KINDS = {
     "quantize": Quantization,
     "export": Export,
     "train": Training,
+    "ranks": Ranks,
     "adapters": Adapting,
 }
 
@@ -161,6 +179,17 @@ class Trial:
         number = generator.choice(list(SIGNALS))
         delay = generator.uniform(0, self.seconds)
 
+        def kill_ranks(work):
+            child, stderr = fork(work)
+            time.sleep(delay)
+            folder = self.scratch / "disturbed" / "x"
+            subprocess.run(["pkill", "-KILL", "-f", str(folder)])  # all have it in their command lines
+            code, _ = end(child, stderr)
+            return -signal.SIGKILL if code else 0, True
+
+        if isinstance(self.kind, Ranks):
+            return self.disturb(kill_ranks)
+
         def disturbance(work):
             child, stderr = fork(work)
             time.sleep(delay)
@@ -197,7 +226,8 @@ def campaign(kills, disks, seed=0, kinds=tuple(KINDS)):
             trials.append(Trial(kind, Path(scratch) / kind))
         for number in tqdm(range(kills), desc="kills", disable=None):
             codes[trials[number % len(trials)].kill(generator)] += 1
-        for number in tqdm(range(disks), desc="disks", disable=None):
+        trials = [trial for trial in trials if not isinstance(trial.kind, Ranks)]  # torchrun itself wants a disk
+        for number in tqdm(range(disks if trials else 0), desc="disks", disable=None):
             codes[trials[number % len(trials)].fill(generator)] += 1
     return dict(codes)
 

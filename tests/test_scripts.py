@@ -29,6 +29,7 @@ def test_the_documented_commands_run_word_for_word(hf_folder, tmp_path):
     copy = tmp_path / "copy"
     copy.mkdir()
     for name in (
+        "adapters.py",
         "model.py",
         "checkpoint.py",
         "drafters.py",
