@@ -105,7 +105,7 @@ class Ranks(Training):
             process = conftest.torchrun(2, conftest.ROOT / "scripts" / "train.py", *options)
             _, errors = process.communicate()
             if process.returncode:
-                sys.exit(errors)
+                sys.exit(errors or 1)
 
 
 class Adapting(Conversion):
