@@ -214,14 +214,14 @@ class SelfDrafter(ModelDrafter):
         other.take(exit_layer)
         return other
 
-    def text_logits(self, hidden: Tensor) -> Tensor:
-        """Logits (1, T, V) that drafts would be chosen from all over a text, for the hidden states (1, T, D) that come
-        out of the first layers.
+    def text_logits(self, hidden: Tensor, first: int) -> Tensor:
+        """Logits (T - first, V) that drafts would be chosen from behind each position from `first` on of a text, for
+        the hidden states (1, T, D) that come out of the first layers.
         """
         for model in self.models[1:]:
             model.setup_caches(hidden.shape[1])
             model.cached_ids = []  # these rows aren't those of the target's hidden states if a copy drafts
-        return self.logits(self.model.run(self.block, hidden, None))
+        return self.logits(self.model.run(self.block, hidden, None)[0, first:])
 
     def first_layers(self) -> list[Any]:
         """What drafts in the place of the target's layers [0, exit_layer)."""

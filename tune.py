@@ -68,7 +68,7 @@ def exit_chances(decoder: Decoder, prompt: list[int], text: list[int], exits: Se
         x = model.run([layer], x, None)
         if number not in exits:
             continue
-        logits = drafter.at(number).text_logits(x)[0, len(prompt) :]  # (len(text) - 1, V), where text[1:] is drafted
+        logits = drafter.at(number).text_logits(x, len(prompt))  # (len(text) - 1, V), where text[1:] is drafted
         if target is None:
             chance = (logits.argmax(-1) == chosen).double()
         else:
