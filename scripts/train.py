@@ -344,11 +344,12 @@ def run(
     autocast = mixed_precision(args.precision, device)
     report = Report(args, model.config, first_step, shard.rank)
     validates = shard.rank == 0 or args.fsdp  # under FSDP all processes are needed; the first one reports
+    validated = shard.share(report.validated)
 
     step, history = first_step, []
     with report.bar, caught_signals() as signals:
         while step < args.steps and not in_any_process(bool(signals), device, shard.size):
-            if validates and step > first_step and is_due(step, args.eval_every):
+            if validates and step > validated and is_due(step, args.eval_every):
                 report.validation(step, data.validate(objective, args.eval_tokens, autocast))
             loss, losses = compute_gradients(parallel, data, schedule, step, autocast)
             norm = nn.utils.clip_grad_norm_(trained.parameters(), args.grad_clip)

@@ -47,8 +47,10 @@ class Report:
         self.rank = rank
         self.log = args.out / "train_log.jsonl"
         self.board: Any = None
+        self.validated = 0  # steps until the last validation that the log has
         if rank == 0:
-            keep_until(self.log, first_step)
+            kept = keep_until(self.log, first_step)
+            self.validated = max((line["step"] for line in kept if "val_loss" in line), default=0)
             if args.tensorboard:
                 self.board = open_board(args.out / "tensorboard", first_step)
         disable = None if rank == 0 else True  # None: tqdm shows the bar only in a terminal
@@ -136,12 +138,15 @@ def read_log(path: Path) -> list[Line]:
     return lines
 
 
-def keep_until(log: Path, step: int) -> None:
-    """Drop the lines of steps behind `step`, which come again, and a line that a killed run didn't finish."""
+def keep_until(log: Path, step: int) -> list[Line]:
+    """Drop the lines of steps behind `step`, which come again, and a line that a killed run didn't finish. Returns the
+    others.
+    """
     kept = []
     if step and log.exists():
         kept = [line for line in read_log(log) if line["step"] <= step]
     write_text(log, "".join(json.dumps(line) + "\n" for line in kept))
+    return kept
 
 
 def scalars(values: dict[str, Any]) -> dict[str, float]:

@@ -469,6 +469,20 @@ def test_logits_are_there_piece_by_piece():
         torch.testing.assert_close(found[name], w.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("moment", [3, 6])
+def test_a_validation_that_was_due_when_a_run_stopped_comes_later(moment, data, tmp_path, monkeypatch):
+    how = ["--steps", 8, "--eval_every", 3]
+    run(data, tmp_path / "whole", *how)
+    interrupt_after(moment, monkeypatch)
+    with pytest.raises(SystemExit):
+        run(data, tmp_path / "parts", *how)
+    monkeypatch.undo()
+    run(data, tmp_path / "parts", *how, "--resume")
+    whole, parts = (read_log(tmp_path / name / "train_log.jsonl") for name in ("whole", "parts"))
+    assert [line["step"] for line in whole if "val_loss" in line] == [3, 6, 8]
+    assert [line.get("val_loss") for line in whole] == [line.get("val_loss") for line in parts]
+
+
 def test_the_log_and_its_picture(data, tmp_path, monkeypatch):
     """A resumed run's log is that of a whole run; TensorBoard gets the same numbers."""
     how = ["--steps", 8, "--log_every", 1, "--eval_every", 3, "--rotation", 2]
