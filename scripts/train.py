@@ -247,7 +247,7 @@ def compute_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Forward and backward on this process's part of the batch, --accumulate pieces one after the other.
 
-    Returns the loss J () and the exits' losses (L,).
+    Returns the loss J () and the exits' losses (L,), of the whole batch: in every process the same.
     """
     batch = data.batch(step)  # (b, T + 1)
     keep = schedule.keep(step)  # (L, B)
@@ -266,6 +266,9 @@ def compute_gradients(
             (loss / count).backward()
         results.append(torch.cat((loss.detach()[None], losses)))
     mean = torch.stack(results).mean(0)
+    if dist.is_initialized():
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
     return mean[0], mean[1:]
 
 

@@ -296,17 +296,19 @@ def test_two_processes_train_as_one(how, data, tmp_path):
         "0.9",
         "--eval_every",
         "2",
+        "--log_every",
+        "1",
     ]  # so much that a process has layers without any sequence
     run(data, tmp_path / "one", *settings)
     code, errors = train_by_two(data, tmp_path / "two", *settings, *how)
     assert code == 0, errors
-    one, two = (
-        [line["val_loss"] for line in read_log(tmp_path / name / "train_log.jsonl") if "val_loss" in line]
-        for name in ("one", "two")
-    )
-    assert len(one) == len(two) == 3
-    for a, b in zip(one, two, strict=False):
-        assert a == pytest.approx(b, rel=1e-3)
+    logs = [read_log(tmp_path / name / "train_log.jsonl") for name in ("one", "two")]
+    for field, count in (("val_loss", 3), ("exit_loss", 5)):
+        one, two = ([line[field] for line in lines if field in line] for lines in logs)
+        assert len(one) == len(two) == count
+        for a, b in zip(one, two, strict=True):
+            assert [x is None for x in a] == [x is None for x in b]
+            assert [x for x in a if x] == pytest.approx([x for x in b if x], rel=1e-3)
     a, b = (load_model(tmp_path / name / "model.pth") for name in ("one", "two"))
     tokens = torch.randint(0, 280, (1, 20))
     with torch.no_grad():
