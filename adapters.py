@@ -3,11 +3,8 @@
 scripts/train.py --freeze makes them for a model.pth that stays as it is. Whoever loads the checkpoint drafts with them.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,9 +15,6 @@ from command import InputError
 from files import check_fields, read_object
 from model import SIZES, ExitAdapter, ModelConfig, Transformer, into_one_block
 from values import FLAG, TEXT, list_of
-
-if TYPE_CHECKING:
-    from ranks import Shard
 
 FIELDS = {"exits": list_of(SIZES["n_layer"]), "block": FLAG, "source": TEXT}  # of the description
 
@@ -80,15 +74,14 @@ def load_adapters(checkpoint: str | Path, model: Transformer, verify: bool = Tru
     with verified(path, description, *share) if verify else nullcontext():
         for number, adapter in adapters.items():
             own = {name: state[f"{number}.{name}"] for name in adapter.state_dict()}
-            model.adapters[number] = filled(adapter, own, model)
+            model.adapters[number] = with_weights(adapter, own, model)
 
 
-def filled(adapter: ExitAdapter, state: dict[str, Tensor], model: Transformer) -> ExitAdapter:
+def with_weights(adapter: ExitAdapter, state: dict[str, Tensor], model: Transformer) -> ExitAdapter:
     """An adapter on the meta device as the model uses it, with its weights, or a process's part of them."""
     weight = model.norm.weight
-    shard: Shard | None = model.shard
-    if shard:
-        tp.split_layers(adapter.layers, adapter.config, shard)
+    if model.shard:
+        tp.split_layers(adapter.layers, adapter.config, model.shard)
     adapter = adapter.to(weight.dtype).to_empty(device=weight.device)
     copy_state(state, adapter)
     into_one_block(list(adapter.layers))

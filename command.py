@@ -93,6 +93,7 @@ class Help(argparse.HelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30)
 
+    # What argparse's own MetavarTypeHelpFormatter overrides too.
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         if isinstance(action.type, Number):
             return "N" if action.type.read is int else "X"

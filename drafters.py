@@ -91,10 +91,10 @@ class Drafter:
         return torch.cat(tokens, dim=1), states, probs
 
     def verify_from(self, tokens: Tensor, states: list[Tensor], pos: Tensor) -> tuple[Tensor, int]:
-        """What the target's pass over tokens (1, k + 1) from pos (1,) on starts from, as `fill` has it. Here the last
-        of the k + 1 positions also gets its row in the drafter's caches.
+        """What the target's pass over tokens (1, k + 1) at positions pos (k + 1,) starts from, as `fill` has it. Here
+        the last of the positions also gets its row in the drafter's caches.
         """
-        return tokens, 0
+        return self.fill(tokens, pos)
 
     def bytes_per_round(self) -> int:
         """Bytes of weights that drafting reads in a round, beside the target's own pass over all of its weights."""
@@ -161,7 +161,7 @@ class ModelDrafter(Drafter):
         return self.head(self.norm(h))[..., : self.vocab_size]
 
     def verify_from(self, tokens: Tensor, states: list[Tensor], pos: Tensor) -> tuple[Tensor, int]:
-        self.model(self.known(tokens[:, -1:]), pos + self.k)  # the row that a fully accepted round needs
+        self.model(self.known(tokens[:, -1:]), pos[-1:])  # the row that a fully accepted round needs
         return tokens, 0
 
     def step_bytes(self) -> tuple[int, int]:
@@ -241,8 +241,8 @@ class SelfDrafter(ModelDrafter):
 
     def verify_from(self, tokens: Tensor, states: list[Tensor], pos: Tensor) -> tuple[Tensor, int]:
         if self.block:
-            return self.fill(tokens, pos + torch.arange(self.k + 1, device=pos.device))
-        last = self.target(tokens[:, -1:], pos + self.k, 0, self.exit_layer)
+            return self.fill(tokens, pos)
+        last = self.target(tokens[:, -1:], pos[-1:], 0, self.exit_layer)
         return torch.cat((*states, last), dim=1), self.exit_layer
 
     def fill_bytes(self) -> int:
@@ -271,9 +271,7 @@ class QuantizedDrafter(SelfDrafter):
         return self.target.rounded_layers(self.exit_layer, self.precision)
 
     def verify_from(self, tokens: Tensor, states: list[Tensor], pos: Tensor) -> tuple[Tensor, int]:
-        if self.block:
-            return super().verify_from(tokens, states, pos)
-        return tokens, 0
+        return self.fill(tokens, pos)  # and not from the copy's own states
 
     def extra_bytes(self) -> int:
         return super().extra_bytes() + weight_bytes(*self.first_layers())
@@ -348,16 +346,13 @@ class NgramDrafter(Drafter):
         return None
 
     def fill(self, tokens: Tensor, pos: Tensor | None) -> tuple[Tensor, int]:
-        return self.otherwise.fill(tokens, pos)
+        return self.otherwise.fill(tokens, pos)  # which hears of every round
 
     def draft(self, step: Step, token: Tensor, pos: Tensor, u: Tensor | None) -> tuple[Tensor, list, list]:
         probs: list[Tensor] = []
         if u is not None:
             probs = [F.one_hot(self.found[0], self.vocab_size).float()]  # (k, V)
         return torch.cat((token, self.found), dim=1), [], probs
-
-    def verify_from(self, tokens: Tensor, states: list[Tensor], pos: Tensor) -> tuple[Tensor, int]:
-        return self.fill(tokens, pos + torch.arange(self.k + 1, device=pos.device))  # the other drafter hears of it
 
     def bytes_per_round(self) -> int:
         return self.otherwise.fill_bytes()

@@ -209,8 +209,9 @@ class Round:
         Returns (K+2,): the K + 1 tokens of `accept`, then the number accepted, or -1 if the logits that decided were no
         finite numbers.
         """
-        x, start = self.drafter.verify_from(tokens, states, pos)
-        logits = self.model.logits(self.model(x, pos + self.offsets, start)[0])  # (K+1, V)
+        own = pos + self.offsets  # (K+1,)
+        x, start = self.drafter.verify_from(tokens, states, own)
+        logits = self.model.logits(self.model(x, own, start)[0])  # (K+1, V)
         p = logits.new_zeros(0, logits.shape[-1])
         if self.sampling.temperature and probs:
             p = torch.cat(probs)

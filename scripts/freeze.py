@@ -9,12 +9,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor, nn
 
-import recipe
 from adapters import new_adapters
 from checkpoint import read_checkpoint
 from command import InputError
 from model import ExitAdapter, Linear, Transformer
-from recipe import LayerSkipLoss
+from recipe import LayerSkipLoss, divergence, rows_at_once
 
 # Sizes: L layers; E adapters; N positions; D numbers in a hidden state; V tokens in the vocabulary.
 
@@ -33,16 +32,16 @@ class Divergences(torch.autograd.Function):
 
         Returns (divergences (E,), cross entropies of the targets (E,)), both summed.
         """
-        rows = max(1, recipe.LOGITS // head.outputs)
+        rows = rows_at_once(head.outputs)
         gradients = [torch.empty_like(x) for x in states]
         sums = torch.zeros(2, len(states), device=last.device)
         for begin in range(0, len(last), rows):
             piece = slice(begin, begin + rows)
             teacher = (head(last[piece]).float() / temperature).log_softmax(-1)
             for number, x in enumerate(states):
-                divergence, entropy, gradient = compare(head, x[piece], teacher, targets[piece], temperature)
+                distance, entropy, gradient = compare(head, x[piece], teacher, targets[piece], temperature)
                 gradients[number][piece] = gradient
-                sums[0, number] += divergence
+                sums[0, number] += distance
                 sums[1, number] += entropy
         divergences, entropies = sums
         ctx.save_for_backward(*gradients)
@@ -59,24 +58,21 @@ def compare(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(divergence (), cross entropy (), gradient (n, D) of the divergence) of an exit's states x (n, D), as the head
     takes them; teacher: (n, V) logarithms of the last layer's probabilities. targets: (n,).
-
-    The divergence is times the temperature squared, as in distillation (1503.02531).
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         logits = head(x).float()
-        student = (logits / temperature).log_softmax(-1)
-        divergence = temperature**2 * nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
-    (gradient,) = torch.autograd.grad(divergence, x)
+        distance = divergence(logits, teacher, temperature)
+    (gradient,) = torch.autograd.grad(distance, x)
     entropy = nn.functional.cross_entropy(logits.detach(), targets, reduction="sum")
-    return divergence.detach(), entropy, gradient
+    return distance.detach(), entropy, gradient
 
 
 class AdapterLoss(LayerSkipLoss):
     """The objective of adapters: the mean divergence of their exits from the last layer's distribution."""
 
     def __init__(self, model: Transformer, adapters: dict[int, ExitAdapter], temperature: float) -> None:
-        super().__init__(model, distill=1.0, temperature=temperature)
+        super().__init__(model, temperature=temperature)
         model.adapters = adapters
         self.trained = nn.ModuleDict({str(number): adapter for number, adapter in adapters.items()})
         self.scored = [*adapters, model.config.n_layer]

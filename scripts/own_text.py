@@ -35,9 +35,6 @@ class OwnTexts:
     def describe(self) -> dict[str, Any]:
         return {"sources": "the model's own text", "settings": [self.count]}
 
-    def check(self) -> None:
-        """There is nothing to find."""
-
 
 @dataclass
 class Page:
@@ -83,12 +80,12 @@ class Author:
 
         Raises InputError if no text can begin, or `context` is too short for one.
         """
-        self.batch_size = texts_together(model, min(context, model.config.context))
+        self.context = min(context, model.config.context)
+        self.batch_size = texts_together(model, self.context)
         self.vocab_size = model.config.vocab_size
         self.model = model
         self.tokenizer = tokenizer
         self.path = path
-        self.context = min(context, model.config.context)
         self.seed = seed
         self.opening, self.turn = frame(model, tokenizer, path)
         least = 2 * (len(self.opening) + len(self.turn) + 1)

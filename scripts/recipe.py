@@ -113,6 +113,20 @@ class Schedule:
 LOGITS = 1 << 25  # numbers: 128 MB in float32
 
 
+def rows_at_once(vocab_size: int) -> int:
+    """Of how many positions logits may exist at a time."""
+    return max(1, LOGITS // vocab_size)
+
+
+def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """KL divergence () of logits (N, V) from a teacher, logarithms (N, V) of its probabilities, summed over positions.
+
+    That of distillation (1503.02531): times the temperature squared, so that gradients are as large at each one.
+    """
+    student = (logits / temperature).log_softmax(-1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="sum", log_target=True)
+
+
 class LayerSkipLoss(nn.Module):
     """The training objective around a Transformer. It is a module, so that DDP and FSDP can wrap it."""
 
@@ -156,12 +170,12 @@ class LayerSkipLoss(nn.Module):
                 hidden.append(x.flatten(0, 1))
         last = hidden[-1].detach()
         sums = [self.losses(own, last, targets.flatten()) for own in hidden]
-        entropy, divergence = torch.stack(sums, dim=1) / targets.numel()
+        entropy, distance = torch.stack(sums, dim=1) / targets.numel()
         share = torch.full_like(entropy, self.distill)
         share[-1] = 0
         weights = weights.to(x.device)
         inside = weights > 0
-        total = (weights[inside] * torch.lerp(entropy, divergence, share)).sum()
+        total = (weights[inside] * torch.lerp(entropy, distance, share)).sum()
         return total, torch.full_like(weights, math.nan).masked_scatter(inside, entropy.detach())
 
     def losses(self, x: Tensor, last: Tensor, targets: Tensor) -> Tensor:
@@ -172,25 +186,21 @@ class LayerSkipLoss(nn.Module):
         the backward pass computes them again. F.linear_cross_entropy, which holds a gradient of the head for each exit,
         takes more memory and more time.
         """
-        rows = max(1, LOGITS // self.model.config.vocab_size)
+        rows = rows_at_once(self.model.config.vocab_size)
         if len(x) <= rows:
             return self.summed(x, last, targets)
         parts = zip(x.split(rows), last.split(rows), targets.split(rows), strict=True)
         return torch.stack([checkpoint(self.summed, *part, use_reentrant=False) for part in parts]).sum(0)
 
     def summed(self, x: Tensor, last: Tensor, targets: Tensor) -> Tensor:
-        """`losses` of all positions at once. The divergence is that of distillation (1503.02531): times the temperature
-        squared, so that gradients are as large at each temperature.
-        """
+        """`losses` of all positions at once."""
         logits = self.model.logits(x).float()
         entropy = F.cross_entropy(logits, targets, reduction="sum")
         if not self.distill:
             return torch.stack((entropy, torch.zeros_like(entropy)))
-        t = self.temperature
         with torch.no_grad():
-            teacher = (self.model.logits(last).float() / t).log_softmax(-1)
-        divergence = F.kl_div((logits / t).log_softmax(-1), teacher, reduction="sum", log_target=True)
-        return torch.stack((entropy, t * t * divergence))
+            teacher = (self.model.logits(last).float() / self.temperature).log_softmax(-1)
+        return torch.stack((entropy, divergence(logits, teacher, self.temperature)))
 
     def exits(self, tokens: Tensor, targets: Tensor, layers: Any) -> tuple[Tensor, Tensor]:
         """Of every exit that `scored` has, E of them: the cross entropy (E,) float32, summed over the targets (b, T),
@@ -210,9 +220,9 @@ class LayerSkipLoss(nn.Module):
 
     def score(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(cross entropy (), summed, most likely tokens (N,)) for states (N, D) as the head takes them, and targets
-        (N,). No more than LOGITS logits exist at a time.
+        (N,), piece by piece as in `losses`.
         """
-        rows = max(1, LOGITS // self.model.config.vocab_size)
+        rows = rows_at_once(self.model.config.vocab_size)
         losses, choices = [], []
         for part, wanted in zip(states.split(rows), targets.split(rows), strict=True):
             logits = self.model.head(part).float()  # (n, V)

@@ -198,8 +198,12 @@ def mixed_precision(precision: str, device: torch.device) -> AbstractContextMana
 
 def load_data_and_model(args: argparse.Namespace, shard: Shard, device: torch.device) -> tuple[Data, LayerSkipLoss]:
     """The data, and the objective around the model. Puts the tokenizer into --out."""
-    sources: Any = OwnTexts(args.generate) if args.generate else Sources.of(args)
-    sources.check()
+    sources: Any
+    if args.generate:
+        sources = OwnTexts(args.generate)
+    else:
+        sources = Sources.of(args)
+        sources.check()
     torch.manual_seed(args.seed)
     base = None
     if args.checkpoint_path:

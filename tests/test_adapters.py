@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import generate
 import own_text
 import quantize
 import recipe
+import tasks
 import train
 import tune
 from adapters import adapters_path, load_adapters, save_adapters, state_of
@@ -21,10 +23,10 @@ from checkpoint import load_model, save_checkpoint
 from command import InputError
 from conftest import FAMILY, ROOT, call, torchrun, write_tokenizer
 from drafters import SelfDrafter, make_drafter
-from generate import Decoder, Sampling
+from generate import Decoder
 from model import ExitAdapter
-from test_drafters import repeating_model
-from test_generate import PROMPT, chi_square, reference_distribution, run, tiny_model
+from test_drafters import joint_counts, repeating_model
+from test_generate import PROMPT, chi_square, run, tiny_model
 from test_train import interrupt_after
 from train_log import read_log
 
@@ -149,7 +151,7 @@ def test_trusting_the_adapters_hidden_states_is_noticed(monkeypatch):
     plain, _ = run(model, 70)
 
     def wrong(self, tokens, states, pos):
-        last = self.target.run(self.layers, tokens[:, -1:], pos + self.k)
+        last = self.target.run(self.layers, tokens[:, -1:], pos[-1:])
         return torch.cat((*states, last), dim=1), self.exit_layer
 
     monkeypatch.setattr(SelfDrafter, "verify_from", wrong)
@@ -159,21 +161,8 @@ def test_trusting_the_adapters_hidden_states_is_noticed(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["self", "n-gram, then int8"])
 def test_sampled_tokens_have_the_models_distribution(name):
-    sampling, prompt = Sampling(1.2, top_k=8), [3, 4, 3]
-    decoder = Decoder(adapted(tiny_model(vocab=12)), sampling=sampling, seed=0, rows=12, **SETTINGS[name])
-    counts = torch.zeros(12, 12, dtype=torch.long)
-    for _ in range(2000):
-        counts[tuple(list(decoder.generate(prompt, 3))[1:])] += 1
-    exact = tiny_model(vocab=12).double()
-
-    def row(ids):
-        return reference_distribution(exact.logits(exact(torch.tensor([ids])))[0, -1], 1.2, 8, 1.0).double()
-
-    joint = torch.zeros(12, 12, dtype=torch.float64)
-    for a, pa in enumerate(row(prompt)):
-        for b, pb in enumerate(row(prompt + [a])):
-            joint[b] += pa * pb * row(prompt + [a, b])
-    assert chi_square(counts.flatten(), joint.flatten()) > 1e-3
+    counts, joint = joint_counts(adapted(tiny_model(vocab=12)), 2000, **SETTINGS[name])
+    assert chi_square(counts, joint) > 1e-3
 
 
 @pytest.mark.slow
@@ -195,6 +184,36 @@ def test_acceptance_is_predicted_through_the_adapter():
     for number in (1, 2, 3):
         stats = run(model, 60, exit_layer=number, k=4)[1]
         assert tune.expected_counts(chances[number], 4, 60) == stats.accept_counts
+
+
+def test_exits_with_and_without_a_block_are_timed_apart(monkeypatch):
+    """A block makes a round cost more, so between the two nothing is interpolated."""
+    model, timed = adapted(repeating_model(), exits=[2]), []
+
+    def corners(build, plain, prompt, exits, timed_ks, *_):
+        timed.append(exits)
+        return {exit: [1.0 + 9 * (exit == 2)] * len(timed_ks) for exit in exits}
+
+    def build(precision, exit_layer, k, rows):
+        return Decoder(model, exit_layer=exit_layer, k=k or 1, rows=rows)
+
+    monkeypatch.setattr(tune, "time_corners", corners)
+    found = tune.predict(build, [PROMPT], 30, {"same": [1, 2, 3]}, [2], [2], 1)
+    assert timed == [[1, 3], [2]] and found["same", 2, 2][0] < 0.5 < found["same", 1, 2][0]
+
+
+def test_what_was_measured_without_adapters_is_not_taken_with_them(folder):
+    path, model = folder
+    checkpoint, plain = path / "model.pth", tiny_model(vocab=300)
+    keys = [tune.key(each, False, 0.0) for each in (plain, model)]
+    tune.store(checkpoint, keys[1], 1, 2, "same")
+    assert tune.stored(checkpoint, keys[1])[:2] == (1, 2) and tune.stored(checkpoint, keys[0]) is None
+    tune.store(checkpoint, keys[0], 3, 4, "same")
+    assert tune.stored(checkpoint, keys[0])[:2] == (3, 4) and tune.stored(checkpoint, keys[1])[:2] == (1, 2)
+    args = SimpleNamespace(checkpoint_path=checkpoint, device="cpu")
+    before = tasks.measured_with(args)
+    (path / "adapters.pth").unlink()
+    assert tasks.measured_with(args) != before
 
 
 # Files.
@@ -256,6 +275,23 @@ def test_the_command_uses_what_lies_beside_the_checkpoint(folder):
     assert json.loads((path / "result.json").read_text())["settings"]["exit_layer"] == 1  # the lowest with an adapter
 
 
+def test_a_draft_model_has_none(folder, tmp_path):
+    """It may lie in the same folder, and have fewer layers than the adapters want."""
+    path, _ = folder
+    small = tiny_model(n_layer=1, vocab=300)
+    save_checkpoint(path / "small.pth", dict(small.state_dict()), small.config)
+    options = [
+        "--checkpoint_path",
+        path / "model.pth",
+        "--draft_checkpoint_path",
+        path / "small.pth",
+        "--device",
+        "cpu",
+    ]
+    result = call(generate.main, *options, "--num_samples", 1, "--max_new_tokens", 5, "--prompt", "ab")
+    assert result.returncode == 0, result.stderr
+
+
 # Training.
 
 
@@ -296,13 +332,16 @@ def test_the_objective_by_hand(block, logits, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)
 
 
-def test_validation_is_through_the_adapters():
-    """And of their exits and the last layer alone."""
-    objective = make_objective(True)
+@pytest.mark.parametrize("logits", [1 << 25, 640])
+def test_validation_is_through_the_adapters(logits, monkeypatch):
+    """And of their exits and the last layer alone; no more logits exist at a time than may."""
+    monkeypatch.setattr(recipe, "LOGITS", logits)
+    objective, sizes = make_objective(True), []
+    objective.model.head.register_forward_hook(lambda module, args, out: sizes.append(out.numel()))
     model, ids = objective.model, torch.randint(0, 64, (61,))
     context = torch.no_grad()
     result = recipe.evaluate(objective, ids, 20, 2, 60, context, torch.device("cpu"))
-    assert result.losses.isnan().tolist() == [False, False, True, False]
+    assert result.losses.isnan().tolist() == [False, False, True, False] and max(sizes) <= max(640, logits)
     batch = ids[:60].view(3, 20)
     with torch.no_grad():
         x = model.run(model.adapters[1].layers, model(batch, None, 0, 1), None)
@@ -511,6 +550,14 @@ def test_own_texts_are_drawn_from_the_model(chat, base):
         assert len(text) == 60 or text[-1] in ends
     with own_text.Author(model, tokenizer, base, 60, seed=5) as again:
         assert again.batch(names) == texts
+
+
+def test_texts_together_have_caches_that_fit(base, monkeypatch):
+    model = load_model(base)
+    row = 2 * 4 * 2 * 12 * 4  # keys and values of four layers with two heads of twelve float32
+    assert own_text.texts_together(model, 50) == 16
+    monkeypatch.setattr(own_text, "MOST_BYTES", 5 * 50 * row)
+    assert own_text.texts_together(model, 50) == 4
 
 
 @pytest.mark.parametrize(

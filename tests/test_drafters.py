@@ -230,10 +230,13 @@ def test_a_text_is_forgotten_with_the_next():
 # Sampling.
 
 
-def joint_counts(n, **how):
-    """(how often each pair of tokens came second and third, their probabilities in float64), each (144,)."""
+def joint_counts(model, n, **how):
+    """(how often each pair of tokens came second and third, their probabilities in float64), each (144,).
+
+    model: tiny_model(vocab=12), with whatever drafts for it.
+    """
     s, prompt = Sampling(1.2, top_k=8), [3, 4, 3]
-    decoder = Decoder(tiny_model(vocab=12), sampling=s, seed=0, rows=12, **how)
+    decoder = Decoder(model, sampling=s, seed=0, rows=12, **how)
     counts = torch.zeros(12, 12, dtype=torch.long)
     for _ in range(n):
         counts[tuple(list(decoder.generate(prompt, 3))[1:])] += 1
@@ -252,7 +255,7 @@ def joint_counts(n, **how):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["int4, first layer", "n-gram, then self"])
 def test_sampled_tokens_have_the_targets_distribution(name):
-    counts, joint = joint_counts(2000, **DRAFTERS[name])
+    counts, joint = joint_counts(tiny_model(vocab=12), 2000, **DRAFTERS[name])
     assert chi_square(counts, joint) > 1e-3
 
 
@@ -263,7 +266,7 @@ def test_a_draft_that_claims_to_be_less_certain_is_noticed(monkeypatch):
         return drafted, [], [torch.full((self.k, self.vocab_size), 1 / self.vocab_size)]
 
     monkeypatch.setattr(NgramDrafter, "draft", uniform)
-    counts, joint = joint_counts(1500, **NGRAM)
+    counts, joint = joint_counts(tiny_model(vocab=12), 1500, **NGRAM)
     assert counts[joint == 0].sum() > 0 or chi_square(counts, joint) < 1e-6
 
 
